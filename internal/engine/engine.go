@@ -1,0 +1,118 @@
+// Package engine says what it takes to run a guest and leaves the how to the
+// packages below it: qemu, gvisor, host.
+//
+// An [Engine] starts machines of one kind, a [Machine] is one running guest.
+// Abilities that only some engines have are separate interfaces, found by type
+// assertion. Which engine runs is decided by [Choose] from what each engine's
+// Probe saw on this host, never from the operating system's name or the
+// presence of a file.
+package engine
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/pyro-mcp/pyro/api"
+)
+
+// An Engine starts machines of one kind.
+type Engine interface {
+	// Name is the word for --engine and for every answer: "qemu".
+	Name() string
+	// Probe says what works on this host. It returns quickly (well under a
+	// second), starts no guest and changes nothing. An engine that cannot work
+	// is described in Capabilities, not by an error.
+	Probe(ctx context.Context) Capabilities
+	// Start returns when the machine's boot has begun, with the guest maybe
+	// not yet answering. The machine lives on when ctx is cancelled later;
+	// only Stop, its own end, or the end of this process ends it. On an error
+	// nothing is left running.
+	Start(ctx context.Context, spec MachineSpec) (Machine, error)
+}
+
+// Capabilities is what Probe found.
+type Capabilities struct {
+	Available bool
+	Isolation api.Isolation
+	// FullSpeed says that guests run at about native speed. Choose prefers
+	// such engines over emulation.
+	FullSpeed bool
+	// TimeScale is by how much time limits for the guest's own work (boot,
+	// answers) are to be stretched: 1 at full speed, more under emulation.
+	TimeScale int
+	// Detail says in one sentence what will be used or why it does not work.
+	Detail string
+	// Remedy is the command or step that mends it, "" if none is known.
+	Remedy string
+	// Facts are further findings for doctor, in the order to print them.
+	Facts []api.Fact
+}
+
+// A MachineSpec says what to start. The engine keeps no other state than what
+// it puts into Dir.
+type MachineSpec struct {
+	ID string
+	// Dir is the machine's private directory, mode 0700, made by the caller
+	// and removed by the caller after the machine is gone. The engine's own
+	// files (overlay disk, initramfs, bundle) live in it.
+	Dir string
+	// RootImage is the environment's raw ext4 image. It is never written.
+	// Engine host ignores it.
+	RootImage string
+	VCPUCount int
+	MemMiB    int
+	DiskMiB   int // 0: as large as the image
+	// Kernel is used by engines that boot one.
+	Kernel Kernel
+	// AgentPath is the pyro-agent binary for the guest.
+	AgentPath string
+	Hostname  string
+	// Console receives the guest's console and the engine's own messages. The
+	// engine never blocks the guest on it: the writer must be quick.
+	Console io.Writer
+	Logger  *slog.Logger
+}
+
+// Kernel is a guest kernel on the host's disk.
+type Kernel struct {
+	// Image is a bzImage or an uncompressed ELF vmlinux.
+	Image string
+	// Modules are the module files (.ko) the guest needs to reach its disk,
+	// its channel and its network, in load order.
+	Modules []string
+	Release string // as uname -r will show it
+}
+
+// A Machine is one running guest. Its methods may be called concurrently.
+type Machine interface {
+	// DialGuest opens one connection to the guest agent's port 5005. It waits
+	// for a guest that is still starting until ctx ends, and fails at once
+	// when the machine is gone.
+	DialGuest(ctx context.Context) (net.Conn, error)
+	// Wait returns when the machine has ended, with why.
+	Wait(ctx context.Context) (Exit, error)
+	// Stop ends the machine: politely for grace, then by force. It returns
+	// when nothing of it runs any more. Safe to call twice and on a machine
+	// that has ended by itself. A grace of 0 goes straight to force.
+	Stop(ctx context.Context, grace time.Duration) error
+	// PIDs are the host processes that make up the machine, for limits,
+	// figures and the record that a later clean-up trusts.
+	PIDs() []int
+}
+
+// A Pauser is a Machine whose processors can be halted and released.
+type Pauser interface {
+	Pause(ctx context.Context) error
+	Resume(ctx context.Context) error
+}
+
+// Exit is how a machine ended.
+type Exit struct {
+	// Requested is true after Stop or a power-off from inside.
+	Requested bool
+	// Reason is one phrase for people: "guest kernel panic", "qemu was killed".
+	Reason string
+}

@@ -1,0 +1,149 @@
+package guestproto
+
+import "github.com/pyro-mcp/pyro/api"
+
+// The actions. A request without one means ActionExec.
+const (
+	ActionHello          = "hello"
+	ActionExec           = "exec"
+	ActionExtractArchive = "extract_archive"
+	ActionExportArchive  = "export_archive"
+	ActionShutdown       = "shutdown"
+	ActionOpenShell      = "open_shell"
+	ActionReadShell      = "read_shell"
+	ActionWriteShell     = "write_shell"
+	ActionSignalShell    = "signal_shell"
+	ActionCloseShell     = "close_shell"
+	ActionStartService   = "start_service"
+	ActionStatusService  = "status_service"
+	ActionLogsService    = "logs_service"
+	ActionStopService    = "stop_service"
+)
+
+// Envelope is what every request line has in common.
+type Envelope struct {
+	Action string `json:"action,omitempty"`
+	// Stream asks for the streaming form.
+	Stream bool `json:"stream,omitempty"`
+	// Version is the lowest protocol version that the caller needs; 0 for any.
+	Version int `json:"version,omitempty"`
+}
+
+// Hello is the reply to ActionHello, which takes no parameters.
+type Hello struct {
+	Protocol     int      `json:"protocol"`
+	AgentVersion string   `json:"agent_version"`
+	BootID       string   `json:"boot_id"` // new with every start of the agent
+	Capabilities []string `json:"capabilities"`
+	Kernel       string   `json:"kernel"` // uname -r, for people
+}
+
+// ExecRequest asks for one command. Exactly one of Command and Argv is set.
+type ExecRequest struct {
+	Envelope
+	// Command is run by sh -c. Argv is run as it stands, Argv[0] by PATH.
+	Command string   `json:"command,omitempty"`
+	Argv    []string `json:"argv,omitempty"`
+	// TimeoutSeconds ends the command's whole process tree; 0 means none.
+	TimeoutSeconds float64           `json:"timeout_seconds,omitempty"`
+	Env            map[string]string `json:"env,omitempty"`
+	// Cwd defaults to /workspace where that exists, else /.
+	Cwd string `json:"cwd,omitempty"`
+	// Stdin says that FrameStdin frames will follow (streaming form only);
+	// without it the command reads end of file at once.
+	Stdin bool `json:"stdin,omitempty"`
+	// TTY runs the command on a terminal of this size (streaming form only).
+	TTY *Resize `json:"tty,omitempty"`
+}
+
+// ExecReply is the plain reply, and without the outputs the FrameResult.
+type ExecReply struct {
+	Stdout          string `json:"stdout"`
+	Stderr          string `json:"stderr"`
+	ExitCode        int    `json:"exit_code"`
+	DurationMS      int64  `json:"duration_ms"`
+	TimedOut        bool   `json:"timed_out,omitempty"`
+	OOMKilled       bool   `json:"oom_killed,omitempty"`
+	StdoutTruncated bool   `json:"stdout_truncated,omitempty"`
+	StderrTruncated bool   `json:"stderr_truncated,omitempty"`
+}
+
+// Started is the payload of FrameStarted.
+type Started struct {
+	PID int `json:"pid"`
+}
+
+// Resize is the payload of FrameResize.
+type Resize struct {
+	Cols uint16 `json:"cols"`
+	Rows uint16 `json:"rows"`
+}
+
+// Signal is the payload of FrameSignal: HUP, INT, TERM or KILL.
+type Signal struct {
+	Name string `json:"signal"`
+}
+
+// ExtractArchive asks the guest to unpack a tar or tar.gz below Destination. In
+// the plain form ArchiveSize raw bytes follow the line; in the streaming form
+// FrameData until FrameDataEnd.
+type ExtractArchive struct {
+	Envelope
+	Destination string `json:"destination"`
+	ArchiveSize int64  `json:"archive_size,omitempty"`
+}
+
+// ExtractReply answers ExtractArchive.
+type ExtractReply struct {
+	Destination  string `json:"destination"`
+	EntryCount   int64  `json:"entry_count"`
+	BytesWritten int64  `json:"bytes_written"`
+}
+
+// ExportArchive asks for Path as a tar.
+type ExportArchive struct {
+	Envelope
+	Path string `json:"path"`
+}
+
+// ExportHeader is the line in front of the raw tar in the plain form. In the
+// streaming form FrameHeader carries it with zero counts and FrameResult, after
+// the data, with true ones.
+type ExportHeader struct {
+	WorkspacePath string `json:"workspace_path"`
+	ArtifactType  string `json:"artifact_type"` // file, directory, symlink
+	ArchiveSize   int64  `json:"archive_size"`
+	EntryCount    int64  `json:"entry_count"`
+	BytesWritten  int64  `json:"bytes_written"`
+}
+
+// Shutdown asks for a clean end: workload stopped, disks flushed, power off.
+// The agent replies with ShutdownReply before it starts.
+type Shutdown struct {
+	Envelope
+	// GraceMS is how long the workload has between TERM and KILL.
+	GraceMS int64 `json:"grace_ms,omitempty"`
+}
+
+// ShutdownReply acknowledges Shutdown.
+type ShutdownReply struct {
+	OK bool `json:"ok"`
+}
+
+// ErrorReply is the plain form's failure. Code and Hint are ours; a peer of
+// another make sends Error alone.
+type ErrorReply struct {
+	Error string `json:"error"`
+	Code  string `json:"code,omitempty"`
+	Hint  string `json:"hint,omitempty"`
+}
+
+// Err returns the reply as an error of its class. A reply without a code is
+// ErrUnavailable: the guest says no, and only its text tells why.
+func (e ErrorReply) Err() error {
+	code := e.Code
+	if code == "" {
+		code = api.Code(api.ErrUnavailable)
+	}
+	return (&api.WireError{Code: code, Message: e.Error, Hint: e.Hint}).Err()
+}
