@@ -1,0 +1,53 @@
+package hostproc
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pyro-mcp/pyro/api"
+)
+
+// A Lock is a held flock. It belongs to the open file, so a child process that
+// inherits [Lock.File] holds it too, and it ends when the last holder is gone,
+// however that came about.
+type Lock struct {
+	f *os.File
+}
+
+// TryLock takes an exclusive lock on path, creating the file if needed. A lock
+// that somebody holds is api.ErrBusy, at once.
+func TryLock(path string) (*Lock, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if err == nil {
+		return &Lock{f}, nil
+	}
+	f.Close()
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, fmt.Errorf("locking %s: %w", path, api.ErrBusy)
+	}
+	return nil, fmt.Errorf("locking %s: %w", path, err)
+}
+
+// LockFromFile adopts an inherited file whose lock is held already.
+func LockFromFile(f *os.File) *Lock { return &Lock{f} }
+
+// File returns the locked file, for a child to inherit. It stays the Lock's.
+func (l *Lock) File() *os.File { return l.f }
+
+// Close gives this process's hold up. The lock itself ends with its last
+// holder. Safe to call twice and on nil.
+func (l *Lock) Close() error {
+	if l == nil || l.f == nil {
+		return nil
+	}
+	err := l.f.Close()
+	l.f = nil
+	return err
+}
