@@ -139,11 +139,16 @@ type ErrorReply struct {
 }
 
 // Err returns the reply as an error of its class. A reply without a code is
-// ErrUnavailable: the guest says no, and only its text tells why.
+// ErrUnavailable: the guest says no, and only its text tells why. Texts are cut
+// at MaxErrorText.
 func (e ErrorReply) Err() error {
 	code := e.Code
 	if code == "" {
 		code = api.Code(api.ErrUnavailable)
 	}
-	return (&api.WireError{Code: code, Message: e.Error, Hint: e.Hint}).Err()
+	text := cut(e.Error, MaxErrorText)
+	if text == "" {
+		text = "the guest reports an error without a text"
+	}
+	return (&api.WireError{Code: code, Message: text, Hint: cut(e.Hint, MaxErrorText)}).Err()
 }

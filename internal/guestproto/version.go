@@ -37,4 +37,6 @@ const (
 	CapArchiveStream = "archive-stream"
 	CapShutdown      = "shutdown"
 	CapTTY           = "tty"
+	CapShells        = "shells"
+	CapServices      = "services"
 )

@@ -1,0 +1,7 @@
+//go:build !linux
+
+package guestconn
+
+import "net"
+
+func peerGone(net.Conn) bool { return false }
