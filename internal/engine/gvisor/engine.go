@@ -1,0 +1,205 @@
+package gvisor
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"regexp"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/engine"
+)
+
+// Name is the engine's word in flags and answers.
+const Name = "gvisor"
+
+// Options say how the engine finds its runtime. The zero value is the usual.
+type Options struct {
+	// Runtime is the runsc to use, "" for the value of PYRO_RUNSC and, where
+	// that is empty too, the first that serves: pyro-runsc beside this program,
+	// pyro-runsc on PATH, runsc on PATH.
+	Runtime string
+	// Logger hears what Probe and clean-up meet; nil for nothing. A machine
+	// has the logger of its MachineSpec.
+	Logger *slog.Logger
+}
+
+// Engine starts gVisor sandboxes.
+type Engine struct {
+	options Options
+}
+
+var _ engine.Engine = (*Engine)(nil)
+
+// New returns the engine. It looks at nothing yet.
+func New(o Options) *Engine {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &Engine{options: o}
+}
+
+// Name implements engine.Engine.
+func (e *Engine) Name() string { return Name }
+
+// runtime finds the runsc to use.
+func (e *Engine) runtime(ctx context.Context) (runsc, error) {
+	explicit := e.options.Runtime
+	if explicit == "" {
+		explicit = os.Getenv(RuntimeVariable)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		self = ""
+	}
+	return findRuntime(ctx, explicit, self)
+}
+
+// Reap removes what machines left behind whose supervisor was killed: their
+// cgroups, and in them whatever should still run. It never touches a machine
+// whose supervisor lives. Everything else of a machine ends with its processes.
+func (e *Engine) Reap() { sweepCgroups() }
+
+// validID is what runsc accepts as a container's id and what is safe in the
+// name of a cgroup.
+var validID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$`)
+
+// Start implements engine.Engine.
+func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (engine.Machine, error) {
+	m, err := e.start(ctx, spec)
+	if err != nil {
+		return nil, fmt.Errorf("starting a gvisor sandbox: %w", err)
+	}
+	return m, nil
+}
+
+func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine, err error) {
+	if !validID.MatchString(spec.ID) {
+		return nil, api.Errorf(api.ErrInvalid, "machine id %q is not up to 64 letters, digits, - and _", spec.ID)
+	}
+	rt, err := e.runtime(ctx)
+	if err != nil {
+		return nil, err
+	}
+	sweepCgroups()
+
+	var undo cleanup
+	defer func() {
+		if err != nil {
+			undo.run()
+		}
+	}()
+
+	rootImage, err := os.Open(spec.RootImage)
+	if err != nil {
+		return nil, fmt.Errorf("opening the environment's image: %w", err)
+	}
+	defer rootImage.Close() // its loop device keeps what it needs
+	sizeMiB, err := layerSize(spec.DiskMiB, rootImage)
+	if err != nil {
+		return nil, err
+	}
+	layer, err := openLayer(ctx, spec.Dir, sizeMiB)
+	if err != nil {
+		return nil, err
+	}
+	undo.add(func() { layer.Close() })
+
+	top, err := chooseStage(stageCandidates, []string{rt.path, spec.AgentPath, "/dev", "/proc", "/sys"})
+	if err != nil {
+		return nil, err
+	}
+	lim, err := newLimits(spec.ID, spec.MemMiB, spec.VCPUCount)
+	if err != nil {
+		return nil, err
+	}
+	undo.add(lim.remove)
+	ns, err := newNamespace()
+	if err != nil {
+		return nil, err
+	}
+	undo.add(ns.close)
+
+	m := &machine{
+		runsc: rt, ns: ns, stage: stage(top), id: spec.ID, ephemeral: spec.Ephemeral, limits: lim,
+		layerLock: func() { layer.Close() }, logger: spec.Logger,
+		attached: make(chan struct{}), gone: make(chan struct{}),
+	}
+	token := newToken()
+	files, err := guestFiles()
+	if err != nil {
+		return nil, err
+	}
+	var listener net.Listener
+	err = ns.do(func() error {
+		if err := m.stage.mount(); err != nil {
+			return err
+		}
+		if err := m.stage.mountRoot(rootImage, layer, spec.Ephemeral); err != nil {
+			return err
+		}
+		if err := bindFile(spec.AgentPath, m.stage.agent()); err != nil {
+			return fmt.Errorf("giving the guest agent to the sandbox: %w", err)
+		}
+		if listener, err = net.Listen("unix", m.stage.agentSocket()); err != nil {
+			return fmt.Errorf("listening for the guest agent: %w", err)
+		}
+		return m.stage.writeBundle(spec.Hostname, token, lim.path(), files)
+	})
+	if err != nil {
+		return nil, err
+	}
+	undo.add(func() { listener.Close() })
+
+	out, w, err := newConsole(spec.Console)
+	if err != nil {
+		return nil, err
+	}
+	defer w.Close()
+	m.run = rt.command(m.stage, lim != nil, "run", "--bundle", m.stage.bundle(), "--pid-file", m.stage.pid(), m.id)
+	m.run.Stdout, m.run.Stderr = w, w
+	// A session of its own: a Ctrl-C on our terminal is for us.
+	m.run.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	if err := ns.start(m.run); err != nil {
+		w.Close()
+		out.close()
+		return nil, fmt.Errorf("running %s: %w", rt.path, err)
+	}
+	attachCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	m.detach = cancel
+	go func() {
+		m.mux, m.attErr = acceptAgent(attachCtx, listener, token, m.logger)
+		m.children() // while runsc run, by which they are found, lives
+		if err := lim.allowOverhead(); err != nil && m.attErr == nil {
+			m.logger.Warn("giving the sandbox room for itself", "err", err)
+		}
+		close(m.attached)
+	}()
+	go m.watch(out)
+	return m, nil
+}
+
+// bindFile makes the file at path visible at target, where its mount keeps it
+// whatever happens to path later. By path, because a descriptor opened outside
+// the namespace is of another namespace's mount and cannot be bound.
+func bindFile(path, target string) error {
+	if err := os.WriteFile(target, nil, 0o500); err != nil {
+		return err
+	}
+	return unix.Mount(path, target, "", unix.MS_BIND, "")
+}
+
+// cleanup is a stack of what to undo when a start fails half-way.
+type cleanup []func()
+
+func (c *cleanup) add(f func()) { *c = append(*c, f) }
+
+func (c *cleanup) run() {
+	for i := len(*c) - 1; i >= 0; i-- {
+		(*c)[i]()
+	}
+}

@@ -1,0 +1,282 @@
+package gvisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os/exec"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/guestconn"
+	"github.com/pyro-mcp/pyro/internal/hostproc"
+)
+
+// commandTimeout bounds every runsc command. A sandbox that has run out of host
+// file descriptors, which any guest can bring about, never answers on its
+// control socket again.
+const commandTimeout = 10 * time.Second
+
+// machine is one running sandbox.
+type machine struct {
+	runsc     runsc
+	ns        *namespace
+	stage     stage
+	id        string
+	ephemeral bool
+	limits    *limits
+	layerLock func() // releases our hold on the layer
+	logger    *slog.Logger
+
+	run *exec.Cmd // runsc run, in the foreground
+
+	attached chan struct{} // closed when mux or attachErr is set
+	mux      *guestconn.Mux
+	attErr   error
+	detach   context.CancelFunc // gives the waiting for the guest agent up
+
+	gone chan struct{} // closed when nothing runs any more and the layer is free
+	exit engine.Exit   // valid then
+
+	stopOnce  sync.Once
+	mu        sync.Mutex
+	requested bool
+	pids      []hostproc.Identity // sandbox, gofer, as far as known
+	pauseMu   sync.Mutex
+	paused    bool
+}
+
+var (
+	_ engine.Machine = (*machine)(nil)
+	_ engine.Pauser  = (*machine)(nil)
+)
+
+// DialGuest implements engine.Machine.
+func (m *machine) DialGuest(ctx context.Context) (net.Conn, error) {
+	select {
+	case <-m.attached:
+	case <-m.gone:
+		return nil, m.goneError()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("waiting for the guest agent: %w", ctx.Err())
+	}
+	if m.mux == nil {
+		return nil, m.attErr
+	}
+	conn, err := m.mux.Open(ctx)
+	if err != nil {
+		select {
+		case <-m.gone:
+			return nil, m.goneError()
+		default:
+		}
+	}
+	return conn, err
+}
+
+func (m *machine) goneError() error {
+	return api.Errorf(api.ErrUnavailable, "the machine is gone: %s", m.exit.Reason)
+}
+
+// Wait implements engine.Machine.
+func (m *machine) Wait(ctx context.Context) (engine.Exit, error) {
+	select {
+	case <-m.gone:
+		return m.exit, nil
+	case <-ctx.Done():
+		return engine.Exit{}, ctx.Err()
+	}
+}
+
+// PIDs implements engine.Machine. The processes that runsc starts are found
+// once it has reported them, shortly after Start.
+func (m *machine) PIDs() []int {
+	select {
+	case <-m.gone:
+		return nil
+	default:
+	}
+	out := []int{m.run.Process.Pid}
+	for _, id := range m.children() {
+		out = append(out, id.PID)
+	}
+	return out
+}
+
+// children returns the live sandbox and gofer.
+func (m *machine) children() []hostproc.Identity {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.pids) < 2 { // not both known yet
+		if now := childrenOf(m.run.Process.Pid); len(now) > len(m.pids) {
+			m.pids = now
+		}
+	}
+	return m.pids
+}
+
+// Stop implements engine.Machine. Politely means that the guest agent ends the
+// guest's processes and flushes its files.
+func (m *machine) Stop(ctx context.Context, grace time.Duration) error {
+	m.mu.Lock()
+	m.requested = true
+	m.mu.Unlock()
+	if grace > 0 {
+		m.stopOnce.Do(func() { m.shutdown(ctx, grace) })
+	}
+	m.kill()
+	select {
+	case <-m.gone:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("stopping the sandbox: %w", ctx.Err())
+	}
+}
+
+// shutdown asks the guest agent to end the guest and waits up to grace for it.
+func (m *machine) shutdown(ctx context.Context, grace time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, grace)
+	defer cancel()
+	// A paused guest hears nothing.
+	if err := m.Resume(ctx); err != nil {
+		m.logger.Debug("resuming the sandbox to stop it", "err", err)
+	}
+	// The guest's own processes get most of the time, flushing the rest.
+	if err := askShutdown(ctx, m.DialGuest, grace*3/4); err != nil {
+		m.logger.Info("the guest agent did not shut down", "err", err)
+		return
+	}
+	select {
+	case <-m.gone:
+	case <-ctx.Done():
+	}
+}
+
+// kill ends all of the machine's processes at once. Killing runsc run takes the
+// others with it; the sandbox is killed as well because that chain hangs on a
+// parent-death signal which the sandbox sets a moment after its start.
+func (m *machine) kill() {
+	m.detach()
+	children := m.children()
+	_ = m.run.Process.Kill()
+	for _, id := range children {
+		if err := id.Kill(unix.SIGKILL); err != nil {
+			m.logger.Warn("killing a process of the sandbox", "pid", id.PID, "err", err)
+		}
+	}
+}
+
+// Pause implements engine.Pauser. Pausing a paused machine is a success.
+func (m *machine) Pause(ctx context.Context) error { return m.setPaused(ctx, true) }
+
+// Resume implements engine.Pauser. Resuming a running machine is a success.
+func (m *machine) Resume(ctx context.Context) error { return m.setPaused(ctx, false) }
+
+func (m *machine) setPaused(ctx context.Context, paused bool) error {
+	m.pauseMu.Lock()
+	defer m.pauseMu.Unlock()
+	if m.paused == paused {
+		return nil
+	}
+	verb := "resume"
+	if paused {
+		verb = "pause"
+	}
+	if err := m.command(ctx, verb, m.id); err != nil {
+		return err
+	}
+	m.paused = paused
+	return nil
+}
+
+// command runs a runsc command on the sandbox.
+func (m *machine) command(ctx context.Context, args ...string) error {
+	select {
+	case <-m.gone:
+		return m.goneError()
+	default:
+	}
+	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
+	defer cancel()
+	cmd := m.runsc.command(m.stage, m.limits != nil, args...)
+	output := &cappedBuffer{max: 16 << 10}
+	cmd.Stdout, cmd.Stderr = output, output
+	cmd.WaitDelay = time.Second
+	if err := m.ns.start(cmd); err != nil {
+		return fmt.Errorf("running runsc %s: %w", args[0], err)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() })
+	err := cmd.Wait()
+	if !stop() && err != nil {
+		return api.Errorf(api.ErrDeadline, "running runsc %s: the sandbox does not answer", args[0])
+	}
+	if err != nil {
+		return api.Errorf(api.ErrUnavailable, "running runsc %s: %w: %s", args[0], err, lastLine(output.Bytes()))
+	}
+	return nil
+}
+
+// watch reaps runsc run and, when it has ended for whatever reason, everything
+// else of the machine. It runs in a goroutine of its own from Start on.
+func (m *machine) watch(console *console) {
+	err := m.run.Wait()
+	m.detach()
+	m.limits.kill()
+	for _, id := range m.children() {
+		_ = id.Kill(unix.SIGKILL)
+		ctx, cancel := context.WithTimeout(context.Background(), commandTimeout)
+		if err := id.WaitGone(ctx); err != nil {
+			m.logger.Error("waiting for a process of the sandbox", "pid", id.PID, "err", err)
+		}
+		cancel()
+	}
+	console.close()
+	<-m.attached
+	if m.mux != nil {
+		m.mux.Close()
+	}
+	m.mu.Lock()
+	m.exit = exitOf(err, m.requested, m.limits.outOfMemory())
+	m.mu.Unlock()
+	m.teardown()
+	close(m.gone)
+}
+
+// teardown gives everything back that Start took from the host.
+func (m *machine) teardown() {
+	if err := m.ns.do(func() error { return m.stage.unmountRoot(m.ephemeral) }); err != nil {
+		m.logger.Error("taking the sandbox's mounts apart", "err", err)
+	}
+	m.ns.close()
+	m.layerLock()
+	m.limits.remove()
+}
+
+// exitOf says how the machine ended, from how runsc run did: with the guest
+// agent's own exit status where that ended by itself.
+func exitOf(err error, requested, outOfMemory bool) engine.Exit {
+	var exit *exec.ExitError
+	status := 0
+	if errors.As(err, &exit) {
+		status = exit.ExitCode()
+	}
+	switch {
+	case outOfMemory && !requested:
+		return engine.Exit{Reason: "the sandbox ran out of memory and was killed by the host"}
+	case err == nil:
+		return engine.Exit{Requested: true, Reason: "the guest shut down"}
+	case requested:
+		return engine.Exit{Requested: true, Reason: "the sandbox was stopped"}
+	case exit == nil:
+		return engine.Exit{Reason: fmt.Sprintf("waiting for the sandbox: %v", err)}
+	case status < 0:
+		return engine.Exit{Reason: "runsc was killed"}
+	}
+	return engine.Exit{Reason: fmt.Sprintf("the sandbox ended with status %d", status)}
+}
