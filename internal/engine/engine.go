@@ -43,6 +43,8 @@ type Capabilities struct {
 	// TimeScale is by how much time limits for the guest's own work (boot,
 	// answers) are to be stretched: 1 at full speed, more under emulation.
 	TimeScale int
+	// NeedsImage and NeedsKernel say which fields of MachineSpec must be filled.
+	NeedsImage, NeedsKernel bool
 	// Detail says in one sentence what will be used or why it does not work.
 	Detail string
 	// Remedy is the command or step that mends it, "" if none is known.
@@ -70,10 +72,13 @@ type MachineSpec struct {
 	// AgentPath is the pyro-agent binary for the guest.
 	AgentPath string
 	Hostname  string
+	// Ephemeral says that the machine's disk dies with it, so that flushing it
+	// to the host's disk is wasted work.
+	Ephemeral bool
 	// Console receives the guest's console and the engine's own messages. The
 	// engine never blocks the guest on it: the writer must be quick.
-	Console io.Writer
-	Logger  *slog.Logger
+	Console io.Writer    `json:"-"`
+	Logger  *slog.Logger `json:"-"`
 }
 
 // Kernel is a guest kernel on the host's disk.
@@ -107,6 +112,15 @@ type Machine interface {
 type Pauser interface {
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
+}
+
+// A BootWatcher is an Engine that can do better after a guest that never came
+// up, by starting the next one in another way.
+type BootWatcher interface {
+	// BootFailed tells the engine that m's guest did not answer in time or
+	// died before it did. It reports whether another Start may work and, in
+	// one sentence for the user, what will be different.
+	BootFailed(m Machine) (retry bool, note string)
 }
 
 // Exit is how a machine ended.

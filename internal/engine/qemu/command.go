@@ -1,0 +1,115 @@
+package qemu
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/pyro-mcp/pyro/internal/engine"
+)
+
+// command collects QEMU's arguments and the files that go with them.
+type command struct {
+	args  []string
+	files []*os.File // file i becomes descriptor 3+i
+}
+
+// pass arranges for f to be inherited and returns its number in QEMU.
+func (c *command) pass(f *os.File) int {
+	c.files = append(c.files, f)
+	return 2 + len(c.files)
+}
+
+func (c *command) add(args ...string) { c.args = append(c.args, args...) }
+
+// passSet makes f an fdset, which QEMU opens by the returned path. Only block
+// devices and character devices can be opened so.
+func (c *command) passSet(f *os.File) string {
+	fd := c.pass(f)
+	c.add("-add-fd", fmt.Sprintf("fd=%d,set=%d", fd, fd))
+	return fmt.Sprintf("/dev/fdset/%d", fd)
+}
+
+// passPath makes f readable by a path that needs no permission on any
+// directory, for the options that take nothing but a path.
+func (c *command) passPath(f *os.File) string {
+	return fmt.Sprintf("/proc/self/fd/%d", c.pass(f))
+}
+
+// inputs are the open files of a machine.
+type inputs struct {
+	base, disk, kernel, initramfs *os.File
+	console, qmp, channel         *os.File
+	vhostVsock                    *os.File // nil without vsock
+	cid                           uint32
+}
+
+// build returns the whole command line. The device list is part of what makes
+// a saved machine loadable again, so it depends on nothing but its arguments.
+func build(spec engine.MachineSpec, accel string, in inputs) *command {
+	c := &command{}
+	c.add("-name", "pyro-"+spec.ID)
+	// Nothing that was not asked for: QEMU's default devices and configuration
+	// files are attack surface without a use here.
+	c.add("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot")
+	// spawn=deny forbids fork and exec, elevateprivileges=deny setuid and its
+	// kin. State travels by descriptors, so nothing of that is missed.
+	c.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+
+	machine := "q35,usb=off,smm=off,sata=off,smbus=off,vmport=off,hpet=off,accel="
+	if accel == accelKVM {
+		c.add("-machine", machine+"kvm", "-cpu", "host")
+	} else {
+		// Nehalem is the oldest model that satisfies x86-64-v2. The wider vectors
+		// of newer models are slower to emulate than the code they replace.
+		c.add("-machine", machine+"tcg", "-cpu", "Nehalem")
+	}
+	c.add("-m", strconv.Itoa(spec.MemMiB)+"M", "-smp", strconv.Itoa(spec.VCPUCount))
+
+	c.add("-kernel", c.passPath(in.kernel), "-initrd", c.passPath(in.initramfs), "-append", kernelCommandLine(spec, accel))
+
+	c.add("-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", c.pass(in.qmp)), "-mon", "chardev=qmp,mode=control")
+	c.add("-chardev", fmt.Sprintf("socket,id=console,fd=%d", c.pass(in.console)), "-serial", "chardev:console")
+	c.add("-chardev", fmt.Sprintf("socket,id=agent,fd=%d", c.pass(in.channel)),
+		"-device", "virtio-serial-pci,max_ports=2", "-device", "virtserialport,chardev=agent,name=agent")
+
+	// Both formats are stated, never guessed: a guest can write any header it
+	// likes into a raw disk. discard=unmap gives deleted blocks back.
+	flush := ""
+	if spec.Ephemeral {
+		flush = ",cache.no-flush=on"
+	}
+	c.add("-blockdev", "driver=file,node-name=base-file,read-only=on,filename="+c.passSet(in.base),
+		"-blockdev", "driver=raw,node-name=base,read-only=on,file=base-file",
+		"-blockdev", "driver=file,node-name=disk-file,discard=unmap,filename="+c.passSet(in.disk)+flush,
+		"-blockdev", "driver=qcow2,node-name=disk,discard=unmap,backing=base,file=disk-file"+flush,
+		"-device", "virtio-blk-pci,drive=disk,discard=on,write-cache=on")
+
+	c.add("-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng")
+	if in.vhostVsock != nil {
+		c.add("-device", fmt.Sprintf("vhost-vsock-pci,guest-cid=%d,vhostfd=%d", in.cid, c.pass(in.vhostVsock)))
+	}
+	return c
+}
+
+// kernelCommandLine holds nothing secret: the guest and anybody who may list
+// the host's processes can read it.
+func kernelCommandLine(spec engine.MachineSpec, accel string) string {
+	words := []string{
+		"console=ttyS0", "quiet",
+		// A panic ends the machine at once: reboot by triple fault, which
+		// -no-reboot turns into an exit.
+		"panic=-1", "reboot=t",
+		"pyro.root=/dev/vda",
+	}
+	if accel == accelTCG {
+		// Speculation does not exist under emulation, and moving the kernel
+		// about costs boot time without hiding it from its own guest.
+		words = append(words, "mitigations=off", "nokaslr")
+	}
+	if spec.Hostname != "" {
+		words = append(words, "pyro.hostname="+spec.Hostname)
+	}
+	return strings.Join(words, " ")
+}

@@ -1,0 +1,313 @@
+package qemu
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/hostproc"
+	"github.com/pyro-mcp/pyro/internal/initramfs"
+)
+
+// MinMemMiB is the least memory with which Debian's cloud kernel and the agent
+// come up and leave a workload something to use.
+const MinMemMiB = 128
+
+// MaxVCPUs bounds --vcpu-count; q35 without further devices takes this many.
+const MaxVCPUs = 64
+
+// qmpTimeout bounds how long QEMU takes from exec to its first answer. Measured
+// 50 ms; the rest is for a host under load.
+const qmpTimeout = 30 * time.Second
+
+// Start implements [engine.Engine].
+func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (_ engine.Machine, err error) {
+	if err := check(spec); err != nil {
+		return nil, err
+	}
+	accel, _, err := e.accelerator()
+	if err != nil {
+		return nil, err
+	}
+	files := &opener{}
+	defer files.closeAll() // QEMU has its own descriptors by then
+
+	if err := os.MkdirAll(spec.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("starting qemu: %w", err)
+	}
+	disk := filepath.Join(spec.Dir, "disk.qcow2")
+	if _, err := os.Lstat(disk); err != nil {
+		if err := e.createOverlay(ctx, disk, spec); err != nil {
+			return nil, err
+		}
+	}
+	in := inputs{
+		base:      files.open(spec.RootImage, os.O_RDONLY),
+		disk:      files.open(disk, os.O_RDWR),
+		kernel:    files.readable(spec.Kernel.Image, filepath.Join(spec.Dir, "kernel")),
+		initramfs: files.initramfs(spec, filepath.Join(spec.Dir, "initramfs.cpio")),
+	}
+	var console, control, channel net.Conn
+	console, in.console = files.pair("console")
+	control, in.qmp = files.pair("qmp")
+	channel, in.channel = files.pair("channel")
+	if in.vhostVsock, err = openVhostVsock(); err == nil {
+		files.opened = append(files.opened, in.vhostVsock)
+		in.cid = pickCID()
+	}
+	if files.err != nil {
+		files.closeConns()
+		return nil, fmt.Errorf("starting qemu: %w", files.err)
+	}
+
+	c := build(spec, accel, in)
+	cmd := exec.Command(e.binary, c.args...)
+	cmd.ExtraFiles = c.files
+	cmd.Dir = "/"
+	cmd.Env = []string{"LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.SysProcAttr = confine(spec.ID)
+	var stderr tailBuffer
+	cmd.Stderr = io.MultiWriter(spec.Console, &stderr)
+	if err := hostproc.StartTied(cmd); err != nil {
+		files.closeConns()
+		return nil, fmt.Errorf("starting qemu: %w", err)
+	}
+	files.closeAll()
+
+	m := &machine{log: spec.Logger, cmd: cmd, accel: accel, cid: in.cid,
+		muxed: make(chan struct{}), done: make(chan struct{})}
+	m.drained = drain(console, spec.Console)
+	m.qmp = newQMP(control, m.event)
+	go m.wait()
+	go m.connect(channel)
+	limit(cmd.Process.Pid, spec)
+
+	qmpCtx, cancel := context.WithTimeout(ctx, qmpTimeout)
+	defer cancel()
+	if err := m.qmp.negotiate(qmpCtx); err != nil {
+		_ = m.Stop(context.WithoutCancel(ctx), 0)
+		if said := stderr.String(); said != "" {
+			return nil, api.WithHint(api.Errorf(api.ErrUnavailable, "starting qemu: %s", said), "%s", startHint(said))
+		}
+		return nil, fmt.Errorf("starting qemu: %w", err)
+	}
+	return m, nil
+}
+
+func check(spec engine.MachineSpec) error {
+	if spec.VCPUCount < 1 || spec.VCPUCount > MaxVCPUs {
+		return api.WithHint(api.Errorf(api.ErrInvalid, "%d virtual processors asked for, and a machine has 1 to %d", spec.VCPUCount, MaxVCPUs),
+			"change --vcpu-count")
+	}
+	if spec.MemMiB < MinMemMiB {
+		return api.WithHint(api.Errorf(api.ErrInvalid, "%d MiB of memory asked for, and a virtual machine needs at least %d", spec.MemMiB, MinMemMiB),
+			"raise --mem-mib")
+	}
+	if spec.Kernel.Image == "" {
+		return api.Errorf(api.ErrInternal, "starting qemu: no kernel given")
+	}
+	return nil
+}
+
+// createOverlay makes the machine's own layer over the environment's image.
+func (e *Engine) createOverlay(ctx context.Context, path string, spec engine.MachineSpec) error {
+	base, err := os.Stat(spec.RootImage)
+	if err != nil {
+		return fmt.Errorf("creating the machine's disk: %w", err)
+	}
+	size := base.Size()
+	if want := int64(spec.DiskMiB) << 20; want != 0 {
+		if want < size {
+			return api.WithHint(api.Errorf(api.ErrInvalid, "%d MiB of disk asked for, and the environment's own image has %d", spec.DiskMiB, size>>20),
+				"raise --disk-mib or leave it out")
+		}
+		size = want
+	}
+	// The base is named in the overlay for people and their tools only: QEMU is
+	// told on its command line what lies below.
+	out, err := exec.CommandContext(ctx, e.imgTool, "create", "-q", "-f", "qcow2", "-F", "raw", "-b", spec.RootImage,
+		path, strconv.FormatInt(size, 10)).CombinedOutput()
+	if err != nil {
+		os.Remove(path)
+		return fmt.Errorf("creating the machine's disk: %w: %s", err, bytes.TrimSpace(out))
+	}
+	return nil
+}
+
+// startHint knows the way out of QEMU's commonest refusals.
+func startHint(said string) string {
+	switch {
+	case strings.Contains(said, "cannot set up guest memory"), strings.Contains(said, "Cannot allocate memory"):
+		return "the host has not that much memory free: lower --mem-mib"
+	case strings.Contains(said, "Permission denied"):
+		return "see what pyro doctor says about qemu"
+	}
+	return "run pyro doctor; the message above is QEMU's own"
+}
+
+// confine returns how QEMU is started: in its own session, so that a terminal's
+// Ctrl-C does not reach it, dying with us, and, where we are root, as a user
+// that owns nothing, in network and IPC namespaces with nothing in them.
+func confine(id string) *syscall.SysProcAttr {
+	attr := &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
+	if os.Geteuid() != 0 {
+		return attr
+	}
+	uid := uid(id)
+	attr.Credential = &syscall.Credential{Uid: uid, Gid: uid}
+	if st, err := os.Stat(kvmDevice); err == nil {
+		if sys, ok := st.Sys().(*syscall.Stat_t); ok {
+			attr.Credential.Groups = []uint32{sys.Gid}
+		}
+	}
+	attr.Cloneflags = unix.CLONE_NEWNET | unix.CLONE_NEWIPC
+	return attr
+}
+
+// uid picks a user for one machine out of the range that systemd sets aside for
+// users which exist only while a service runs (systemd.io/UIDS-GIDS), so that
+// machines cannot signal or trace one another.
+func uid(id string) uint32 {
+	const first, last = 61184, 65519
+	h := fnv.New32a()
+	h.Write([]byte(id))
+	return first + h.Sum32()%(last-first+1)
+}
+
+// limit bounds what a QEMU taken over by its guest could use up. Failing to is
+// not worth failing the start.
+func limit(pid int, spec engine.MachineSpec) {
+	// Guest memory, up to 1 GiB of translated code, and QEMU itself.
+	as := uint64(spec.MemMiB+3<<10) << 20
+	for resource, max := range map[int]uint64{
+		unix.RLIMIT_AS:     as,
+		unix.RLIMIT_CORE:   0,
+		unix.RLIMIT_NOFILE: 256,
+	} {
+		_ = unix.Prlimit(pid, resource, &unix.Rlimit{Cur: max, Max: max}, nil)
+	}
+}
+
+// opener opens files and remembers the first failure.
+type opener struct {
+	opened []*os.File
+	conns  []net.Conn
+	err    error
+}
+
+func (o *opener) open(path string, flags int) *os.File {
+	if o.err != nil {
+		return nil
+	}
+	f, err := os.OpenFile(path, flags, 0)
+	if err != nil {
+		o.err = err
+		return nil
+	}
+	o.opened = append(o.opened, f)
+	return f
+}
+
+// readable opens path for a QEMU that runs as another user and reopens it by
+// descriptor, which the file's own mode must allow. Where it does not, a copy
+// with a wider mode is made: its directory stays closed to everybody else.
+func (o *opener) readable(path, copyPath string) *os.File {
+	f := o.open(path, os.O_RDONLY)
+	if f == nil || os.Geteuid() != 0 {
+		return f
+	}
+	st, err := f.Stat()
+	if err == nil && st.Mode().Perm()&0o004 != 0 {
+		return f
+	}
+	return o.create(copyPath, func(w io.Writer) error {
+		_, err := io.Copy(w, f)
+		return err
+	})
+}
+
+func (o *opener) initramfs(spec engine.MachineSpec, path string) *os.File {
+	return o.create(path, func(w io.Writer) error {
+		return initramfs.Write(w, initramfs.Spec{Init: spec.AgentPath, Modules: spec.Kernel.Modules})
+	})
+}
+
+// create writes a file anew and returns it opened for reading.
+func (o *opener) create(path string, fill func(io.Writer) error) *os.File {
+	if o.err != nil {
+		return nil
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
+	if err != nil {
+		o.err = err
+		return nil
+	}
+	if o.err = cmp.Or(fill(f), f.Close()); o.err != nil {
+		return nil
+	}
+	return o.open(path, os.O_RDONLY)
+}
+
+// pair makes a connection and the file that is its other end.
+func (o *opener) pair(name string) (net.Conn, *os.File) {
+	if o.err != nil {
+		return nil, nil
+	}
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		o.err = fmt.Errorf("making a socket pair: %w", err)
+		return nil, nil
+	}
+	theirs := os.NewFile(uintptr(fds[1]), name)
+	o.opened = append(o.opened, theirs)
+	ours := os.NewFile(uintptr(fds[0]), name)
+	conn, err := net.FileConn(ours)
+	ours.Close()
+	if err != nil {
+		o.err = fmt.Errorf("making a socket pair: %w", err)
+		return nil, nil
+	}
+	o.conns = append(o.conns, conn)
+	return conn, theirs
+}
+
+func (o *opener) closeAll() {
+	for _, f := range o.opened {
+		f.Close()
+	}
+	o.opened = nil
+}
+
+func (o *opener) closeConns() {
+	for _, c := range o.conns {
+		c.Close()
+	}
+}
+
+// tailBuffer keeps the last kilobyte of what QEMU prints.
+type tailBuffer struct{ b []byte }
+
+func (t *tailBuffer) Write(p []byte) (int, error) {
+	t.b = append(t.b, p...)
+	if over := len(t.b) - 1024; over > 0 {
+		t.b = t.b[over:]
+	}
+	return len(p), nil
+}
+
+func (t *tailBuffer) String() string { return strings.TrimSpace(string(t.b)) }

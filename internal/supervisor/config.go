@@ -1,0 +1,80 @@
+package supervisor
+
+import (
+	"time"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/hostproc"
+)
+
+// protocol is the version of Config and result. Both sides are the same binary
+// unless somebody replaced it between two moments, which this finds out.
+const protocol = 1
+
+// The inherited files, by descriptor.
+const (
+	fdConfig  = 3 // reads Config as JSON until end of file
+	fdResult  = 4 // takes one line of JSON, then end of file
+	fdControl = 5 // listening socket
+	fdGuest   = 6 // listening socket
+	fdLock    = 7 // the machine's lock, held
+	fdLease   = 8 // with Config.Leased: end of file means that the caller is gone
+	fdHeld    = 9 // and up: files only to keep open (locks of images)
+)
+
+// Config tells a supervisor what to run.
+type Config struct {
+	Protocol int `json:"protocol"`
+	// Dir is the machine's directory, a statedir.Machine.
+	Dir    string `json:"dir"`
+	Engine string `json:"engine"`
+	// Require is looked at again if a failed boot changes the accelerator.
+	Require api.Require        `json:"require"`
+	Spec    engine.MachineSpec `json:"spec"`
+	// NoteFile is statedir.Dir.AcceleratorFile.
+	NoteFile string `json:"note_file"`
+	// TTL ends the machine; 0 means never.
+	TTL time.Duration `json:"ttl"`
+	// Leased ends the machine when the caller's end of the lease pipe closes.
+	Leased bool `json:"leased"`
+	// Ephemeral removes the machine's directory at the end.
+	Ephemeral bool `json:"ephemeral"`
+}
+
+// result is the one line on the result pipe.
+type result struct {
+	Protocol int            `json:"protocol"`
+	PID      int            `json:"pid"`
+	Status   *Status        `json:"status,omitempty"`
+	Error    *api.WireError `json:"error,omitempty"`
+}
+
+// Status is what a supervisor says of its machine.
+type Status struct {
+	ID        string        `json:"id"`
+	Engine    string        `json:"engine"`
+	Isolation api.Isolation `json:"isolation"`
+	// TimeScale is by how much the guest is slower than the host.
+	TimeScale int        `json:"time_scale"`
+	StartedAt time.Time  `json:"started_at"`
+	ExpiresAt *time.Time `json:"expires_at,omitempty"`
+	BootMS    int64      `json:"boot_ms"` // from start to the agent's first answer
+	Kernel    string     `json:"kernel"`
+	// Exited says why the machine has ended by itself, "" while it runs.
+	Exited string `json:"exited,omitempty"`
+	PIDs      []int      `json:"pids"`
+	// Notes are sentences for the user, such as that KVM was given up.
+	Notes []string `json:"notes,omitempty"`
+}
+
+// record is machine.json: what a clean-up after a crash needs.
+type record struct {
+	ID         string             `json:"id"`
+	Engine     string             `json:"engine"`
+	CreatedAt  time.Time          `json:"created_at"`
+	Supervisor *hostproc.Identity `json:"supervisor,omitempty"`
+	// Processes are the machine's own.
+	Processes []hostproc.Identity `json:"processes,omitempty"`
+	Ephemeral bool                `json:"ephemeral"`
+}

@@ -1,0 +1,106 @@
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/hostproc"
+	"github.com/pyro-mcp/pyro/internal/statedir"
+)
+
+// Reap clears up what died without clearing up itself: every ephemeral machine
+// whose lock nobody holds is ended for good and its directory removed. It
+// returns the ids it removed, and goes on after an error. Every command that
+// starts machines calls it first; on a directory with nothing to do it costs
+// one directory read.
+func Reap(ctx context.Context, state *statedir.Dir) (removed []string, err error) {
+	entries, err := os.ReadDir(state.MachinesDir())
+	if err != nil {
+		return nil, fmt.Errorf("looking for abandoned machines: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		dir := state.Machine(e.Name())
+		done, err := reapOne(ctx, dir)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("clearing up machine %s: %w", dir.ID(), err))
+		} else if done {
+			removed = append(removed, dir.ID())
+		}
+	}
+	return removed, errors.Join(errs...)
+}
+
+func reapOne(ctx context.Context, dir statedir.Machine) (bool, error) {
+	if err := seizable(dir); err != nil {
+		if errors.Is(err, api.ErrBusy) || errors.Is(err, os.ErrNotExist) {
+			return false, nil
+		}
+		return false, err
+	}
+	lock, err := hostproc.TryLock(dir.LockFile())
+	if errors.Is(err, api.ErrBusy) || errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer lock.Close()
+	var rec record
+	if err := statedir.ReadJSON(dir.RecordFile(), &rec); err == nil && !rec.Ephemeral {
+		return false, nil
+	}
+	return true, removeMachine(ctx, dir)
+}
+
+// seizable keeps Reap from a directory that is just being made: between its
+// mkdir and its lock there is no lock file yet.
+func seizable(dir statedir.Machine) error {
+	_, err := os.Lstat(dir.LockFile())
+	if err == nil || !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	st, err := os.Lstat(dir.Path())
+	if err != nil {
+		return err
+	}
+	if age := timeSince(st.ModTime()); age < abandonedAfter {
+		return api.ErrBusy
+	}
+	return nil
+}
+
+// removeMachine ends the processes on record that still run and removes the
+// directory. The caller holds the lock or has made the directory.
+func removeMachine(ctx context.Context, dir statedir.Machine) error {
+	var rec record
+	if err := statedir.ReadJSON(dir.RecordFile(), &rec); err == nil {
+		ids := rec.Processes
+		if rec.Supervisor != nil {
+			ids = append([]hostproc.Identity{*rec.Supervisor}, ids...)
+		}
+		for _, id := range ids {
+			if id.PID == os.Getpid() {
+				continue
+			}
+			if err := id.KillLadder(ctx, 0); err != nil {
+				return err
+			}
+		}
+	}
+	if err := os.RemoveAll(dir.Path()); err != nil {
+		return fmt.Errorf("removing %s: %w", filepath.Base(dir.Path()), err)
+	}
+	return nil
+}
+
+// abandonedAfter is how old a directory without a lock file must be to count as
+// left behind; making the lock follows the mkdir within microseconds.
+const abandonedAfter = time.Minute
+
+var timeSince = time.Since

@@ -1,0 +1,230 @@
+package supervisor
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/guestconn"
+	"github.com/pyro-mcp/pyro/internal/hostproc"
+	"github.com/pyro-mcp/pyro/internal/statedir"
+)
+
+// Command is the hidden subcommand that runs a supervisor.
+const Command = "supervise"
+
+// SpawnOptions say how to start a supervisor.
+type SpawnOptions struct {
+	// Binary is the pyro program; a program that embeds the SDK is not one.
+	Binary string
+	Config Config
+	// Hold are files that the supervisor keeps open as long as it lives.
+	Hold []*os.File
+}
+
+// A Process is a supervisor that this process has started.
+type Process struct {
+	// Client talks to it.
+	*Client
+	// Status is what it said when its guest was ready.
+	Status Status
+
+	cmd    *exec.Cmd
+	lease  *os.File
+	exited chan struct{}
+	once   sync.Once
+}
+
+// Spawn makes the machine's directory, starts a supervisor for it and returns
+// when the guest answers. On an error nothing is left: not the machine, not the
+// supervisor, not the directory. If ctx ends first the machine is ended too.
+func Spawn(ctx context.Context, o SpawnOptions) (_ *Process, err error) {
+	dir := statedir.Machine(o.Config.Dir)
+	if err := os.Mkdir(dir.Path(), 0o700); err != nil {
+		return nil, fmt.Errorf("creating the machine's directory: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, removeMachine(context.WithoutCancel(ctx), dir))
+		}
+	}()
+	lock, err := hostproc.TryLock(dir.LockFile())
+	if err != nil {
+		return nil, err
+	}
+	defer lock.Close()
+	rec := record{ID: dir.ID(), Engine: o.Config.Engine, CreatedAt: time.Now().UTC(), Ephemeral: o.Config.Ephemeral}
+	if err := statedir.WriteJSON(dir.RecordFile(), rec); err != nil {
+		return nil, err
+	}
+	p, pipe, err := start(dir, o, lock)
+	if err != nil {
+		return nil, fmt.Errorf("starting the supervisor: %w", err)
+	}
+	defer pipe.Close()
+	// A supervisor that hears that its caller is gone stops what it is doing
+	// and ends, which closes the pipe.
+	stop := context.AfterFunc(ctx, p.release)
+	line, readErr := bufio.NewReader(io.LimitReader(pipe, 1<<20)).ReadBytes('\n')
+	if !stop() {
+		p.waitOrKill(10 * time.Second)
+		return nil, ctx.Err()
+	}
+	var res result
+	if readErr != nil || json.Unmarshal(line, &res) != nil || res.Protocol != protocol {
+		p.waitOrKill(0)
+		return nil, died(dir, res.Protocol, bytes.TrimSpace(line))
+	}
+	if res.Error != nil {
+		p.waitOrKill(10 * time.Second)
+		return nil, res.Error.Err()
+	}
+	p.Status = *res.Status
+	return p, nil
+}
+
+func died(dir statedir.Machine, version int, line []byte) error {
+	if version != 0 && version != protocol {
+		return api.WithHint(api.Errorf(api.ErrUnsupported, "the supervisor speaks version %d of its protocol, and this pyro %d", version, protocol),
+			"two versions of pyro are mixed here; install one")
+	}
+	text := "the supervisor died before its guest was ready"
+	if len(line) > 0 {
+		text += ", saying " + string(line[:min(len(line), 200)])
+	}
+	if b, err := os.ReadFile(dir.SupervisorLog()); err == nil && len(b) > 0 {
+		text += "; its log ends: " + string(bytes.TrimSpace(b[max(0, len(b)-500):]))
+	}
+	return api.Errorf(api.ErrUnavailable, "%s", text)
+}
+
+// start runs the process and hands over its configuration.
+func start(dir statedir.Machine, o SpawnOptions, lock *hostproc.Lock) (_ *Process, resultPipe *os.File, err error) {
+	var files closers
+	defer files.closeAll()
+	configR, configW, err := files.pipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	resultR, resultW, err := files.pipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	leaseR, leaseW, err := files.pipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	control, err := files.listen(dir.ControlSocket())
+	if err != nil {
+		return nil, nil, err
+	}
+	guest, err := files.listen(dir.GuestSocket())
+	if err != nil {
+		return nil, nil, err
+	}
+	log, err := os.OpenFile(dir.SupervisorLog(), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, nil, err
+	}
+	files = append(files, log)
+
+	cmd := exec.Command(o.Binary, Command)
+	cmd.ExtraFiles = append([]*os.File{configR, resultW, control, guest, lock.File(), leaseR}, o.Hold...)
+	// What the runtime prints when it panics; the supervisor's own log goes to
+	// the same file, bounded.
+	cmd.Stderr = log
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, nil, api.WithHint(err, "pyro was looked for at %s: reinstall it, or name it with PYRO_BINARY", o.Binary)
+	}
+	p := &Process{Client: NewClient(dir), cmd: cmd, exited: make(chan struct{})}
+	go func() {
+		_ = cmd.Wait() // how it ended is in the result and the log
+		close(p.exited)
+	}()
+	o.Config.Protocol = protocol
+	if err := json.NewEncoder(configW).Encode(o.Config); err != nil {
+		leaseW.Close()
+		p.waitOrKill(0)
+		return nil, nil, err
+	}
+	p.lease = leaseW
+	files.keep(leaseW)
+	files.keep(resultR)
+	return p, resultR, nil
+}
+
+func (p *Process) release() {
+	p.once.Do(func() { p.lease.Close() })
+}
+
+// Shutdown ends a leased machine like Close and makes sure of it: a supervisor
+// that has not ended by the time ctx does is killed, which takes its machine
+// along, and what is left in the directory is removed.
+func (p *Process) Shutdown(ctx context.Context) error {
+	p.release()
+	select {
+	case <-p.exited:
+	case <-ctx.Done():
+		p.waitOrKill(0)
+	}
+	return removeMachine(context.WithoutCancel(ctx), p.dir)
+}
+
+// waitOrKill waits up to grace for the supervisor to end by itself.
+func (p *Process) waitOrKill(grace time.Duration) {
+	p.release()
+	select {
+	case <-p.exited:
+		return
+	case <-time.After(grace):
+	}
+	_ = p.cmd.Process.Kill() // a child that is not reaped yet: the pid is ours
+	<-p.exited
+}
+
+// closers are files to close on every way out but for those taken out again.
+type closers []*os.File
+
+func (c *closers) pipe() (r, w *os.File, err error) {
+	r, w, err = os.Pipe()
+	if err == nil {
+		*c = append(*c, r, w)
+	}
+	return r, w, err
+}
+
+// listen makes a listening Unix socket to inherit.
+func (c *closers) listen(path string) (*os.File, error) {
+	f, err := guestconn.ListenFile(path)
+	if err == nil {
+		*c = append(*c, f)
+	}
+	return f, err
+}
+
+func (c *closers) keep(f *os.File) {
+	for i, g := range *c {
+		if g == f {
+			*c = append((*c)[:i], (*c)[i+1:]...)
+			return
+		}
+	}
+}
+
+func (c closers) closeAll() {
+	for _, f := range c {
+		f.Close()
+	}
+}

@@ -1,0 +1,155 @@
+package workspace
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/engine/all"
+	"github.com/pyro-mcp/pyro/internal/environment"
+	"github.com/pyro-mcp/pyro/internal/guestkernel"
+	"github.com/pyro-mcp/pyro/internal/statedir"
+	"github.com/pyro-mcp/pyro/internal/supervisor"
+)
+
+// Options configure a Manager. Empty fields mean the defaults, which the
+// environment variables named beside them change.
+type Options struct {
+	StateDir string // PYRO_STATE_DIR
+	CacheDir string // PYRO_CACHE_DIR
+	// Binary is the pyro program, which runs the supervisors: this program if
+	// it is pyro, else found on PATH (PYRO_BINARY).
+	Binary string
+	// Agent is the guest agent: beside Binary, else on PATH (PYRO_AGENT).
+	Agent string
+	// Engine is used where a request names none (PYRO_ENGINE), "auto" if empty.
+	Engine string
+	Logger *slog.Logger
+}
+
+// A Manager does the work. Its methods may be called concurrently.
+type Manager struct {
+	state        *statedir.Dir
+	cacheDir     string
+	binary       string
+	agent        string
+	engine       string
+	engines      []engine.Engine
+	environments *environment.Store
+	kernels      *guestkernel.Store
+	log          *slog.Logger
+}
+
+// New opens the state and cache directories and returns a Manager.
+func New(o Options) (*Manager, error) {
+	m := &Manager{
+		engine: cmp.Or(o.Engine, os.Getenv("PYRO_ENGINE"), engine.Auto),
+		log:    cmp.Or(o.Logger, slog.New(slog.DiscardHandler)),
+		binary: cmp.Or(o.Binary, os.Getenv("PYRO_BINARY")),
+		agent:  cmp.Or(o.Agent, os.Getenv("PYRO_AGENT")),
+	}
+	stateDir, err := orDefault(o.StateDir, statedir.DefaultState)
+	if err != nil {
+		return nil, err
+	}
+	if m.cacheDir, err = orDefault(o.CacheDir, statedir.DefaultCache); err != nil {
+		return nil, err
+	}
+	if m.state, err = statedir.Open(stateDir); err != nil {
+		return nil, err
+	}
+	if err := statedir.MakePrivate(m.cacheDir); err != nil {
+		return nil, fmt.Errorf("opening cache directory: %w", err)
+	}
+	mirror := os.Getenv("PYRO_DEBIAN_MIRROR")
+	m.environments, err = environment.Open(environment.Options{CacheDir: m.cacheDir, Logger: m.log, DebianMirror: mirror})
+	if err != nil {
+		return nil, err
+	}
+	m.kernels, err = guestkernel.Open(guestkernel.Options{
+		CacheDir: m.cacheDir, Logger: m.log, DebianMirror: mirror,
+		Image: os.Getenv("PYRO_KERNEL"), ModulesDir: os.Getenv("PYRO_KERNEL_MODULES"),
+	})
+	if err != nil {
+		return nil, err
+	}
+	m.engines = all.Engines(m.state.AcceleratorFile(), m.log)
+	return m, nil
+}
+
+func orDefault(given string, fallback func(func(string) string) (string, error)) (string, error) {
+	if given != "" {
+		return filepath.Abs(given)
+	}
+	return fallback(os.Getenv)
+}
+
+// Environments gives the catalog and the images.
+func (m *Manager) Environments() *environment.Store { return m.environments }
+
+// Prune removes what nothing uses any more: abandoned machines, and images and
+// kernels that are damaged, out of date or left over from interrupted builds;
+// with all, every image that no machine uses.
+func (m *Manager) Prune(ctx context.Context, all bool) (api.PruneResult, error) {
+	m.reap(ctx)
+	return m.environments.Prune(ctx, environment.PruneOptions{All: all})
+}
+
+// reap clears up after processes that were killed. What it cannot clear up now
+// it will meet again: that must not stop what the user asked for.
+func (m *Manager) reap(ctx context.Context) {
+	removed, err := supervisor.Reap(ctx, m.state)
+	if err != nil {
+		m.log.Warn("clearing up abandoned machines", "error", err)
+	}
+	if len(removed) > 0 {
+		m.log.Info("cleared up abandoned machines", "machines", removed)
+	}
+}
+
+// findBinary returns the pyro program.
+func (m *Manager) findBinary() (string, error) {
+	return find(m.binary, "pyro", "PYRO_BINARY")
+}
+
+// findAgent returns the guest agent's program.
+func (m *Manager) findAgent() (string, error) {
+	return find(m.agent, "pyro-agent", "PYRO_AGENT")
+}
+
+// find returns the program called name: where an option said, in the place of
+// this program or beside it, or on PATH.
+func find(option, name, variable string) (string, error) {
+	if option != "" {
+		abs, err := filepath.Abs(option)
+		if err == nil {
+			_, err = os.Stat(abs)
+		}
+		if err != nil {
+			return "", api.WithHint(api.Errorf(api.ErrNotFound, "%s as configured: %v", name, err), "correct %s", variable)
+		}
+		return abs, nil
+	}
+	if self, err := os.Executable(); err == nil {
+		beside := filepath.Join(filepath.Dir(self), name)
+		if st, err := os.Stat(beside); err == nil && st.Mode().IsRegular() {
+			return beside, nil
+		}
+	}
+	path, err := exec.LookPath(name)
+	if err == nil {
+		return filepath.Abs(path)
+	}
+	if errors.Is(err, exec.ErrNotFound) {
+		return "", api.WithHint(api.Errorf(api.ErrNotFound, "the program %s is neither beside this one nor on PATH", name),
+			"install pyro completely (make install), or name it with %s", variable)
+	}
+	return "", fmt.Errorf("looking for %s: %w", name, err)
+}
