@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"strings"
 	"time"
@@ -22,48 +21,15 @@ import (
 	"github.com/pyro-mcp/pyro/internal/supervisor"
 )
 
-// The defaults of a run, by SURFACE.
-const (
-	DefaultVCPUCount = 1
-	DefaultMemMiB    = 1024
-	DefaultTimeout   = 30 * time.Second
-	DefaultTTL       = 600 * time.Second
-)
-
 // maxCapture is how much of stdout and of stderr each a result carries where
 // the caller gave no writer for it.
 const maxCapture = 1 << 20
 
-// A RunRequest asks for one command in a fresh guest.
-type RunRequest struct {
-	Environment string
-	// Argv are the words of the command. A single word is run by sh -c.
-	Argv []string
-	// Zero means the default for all of the following.
-	VCPUCount, MemMiB, DiskMiB int
-	// Timeout is for the command, TTL for the machine; negative means none.
-	Timeout, TTL time.Duration
-	Env          map[string]string
-
-	Engine          string
-	Require         api.Require
-	AllowHostCompat bool
-
-	// Stdin feeds the command; nil means that it reads end of file at once.
-	Stdin io.Reader
-	// Stdout and Stderr take the command's output as it comes. Where one is
-	// nil the result carries it instead, up to a bound.
-	Stdout, Stderr io.Writer
-	// Progress is told what happens before the command runs; may be nil. It
-	// may be called from several goroutines, one at a time.
-	Progress func(api.Progress)
-}
-
 // Run starts a machine, runs one command in it, and ends the machine again,
 // whatever happens, also when ctx ends or this process is killed. A command
 // that fails or times out is a result.
-func (m *Manager) Run(ctx context.Context, req RunRequest) (_ *api.ExecResult, err error) {
-	if err := req.fill(m.engine); err != nil {
+func (m *Manager) Run(ctx context.Context, req api.RunRequest) (_ *api.ExecResult, err error) {
+	if err := fill(&req, m.engine); err != nil {
 		return nil, err
 	}
 	m.reap(ctx)
@@ -99,7 +65,8 @@ func (m *Manager) Run(ctx context.Context, req RunRequest) (_ *api.ExecResult, e
 	return res, nil
 }
 
-func (r *RunRequest) fill(defaultEngine string) error {
+// fill checks a request and puts the defaults in.
+func fill(r *api.RunRequest, defaultEngine string) error {
 	if len(r.Argv) == 0 || r.Argv[0] == "" {
 		return api.WithHint(api.Errorf(api.ErrInvalid, "no command was given"), "put the command after --, as in: pyro run %s -- git --version", orText(r.Environment, "debian:12"))
 	}
@@ -111,8 +78,8 @@ func (r *RunRequest) fill(defaultEngine string) error {
 		fallback     int
 		what, remedy string
 	}{
-		{&r.VCPUCount, DefaultVCPUCount, "virtual processors", "--vcpu-count"},
-		{&r.MemMiB, DefaultMemMiB, "MiB of memory", "--mem-mib"},
+		{&r.VCPUCount, api.DefaultVCPUCount, "virtual processors", "--vcpu-count"},
+		{&r.MemMiB, api.DefaultMemMiB, "MiB of memory", "--mem-mib"},
 		{&r.DiskMiB, 0, "MiB of disk", "--disk-mib"},
 	} {
 		if *n.field < 0 {
@@ -123,10 +90,10 @@ func (r *RunRequest) fill(defaultEngine string) error {
 		}
 	}
 	if r.Timeout == 0 {
-		r.Timeout = DefaultTimeout
+		r.Timeout = api.DefaultTimeout
 	}
 	if r.TTL == 0 {
-		r.TTL = DefaultTTL
+		r.TTL = api.DefaultTTL
 	}
 	r.Timeout, r.TTL = max(r.Timeout, 0), max(r.TTL, 0)
 	if r.Engine == "" {
@@ -139,7 +106,7 @@ func (r *RunRequest) fill(defaultEngine string) error {
 }
 
 // startMachine fetches what the engine needs and starts a supervisor.
-func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req RunRequest) (*supervisor.Process, error) {
+func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req api.RunRequest) (*supervisor.Process, error) {
 	binary, err := m.findBinary()
 	if err != nil {
 		return nil, err
@@ -183,7 +150,7 @@ func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req RunR
 }
 
 // fetch gets the image and the kernel, both at once, if the engine needs them.
-func (m *Manager) fetch(ctx context.Context, caps engine.Capabilities, req RunRequest) (image *environment.Image, kernel *guestkernel.Kernel, err error) {
+func (m *Manager) fetch(ctx context.Context, caps engine.Capabilities, req api.RunRequest) (image *environment.Image, kernel *guestkernel.Kernel, err error) {
 	g, ctx := errgroup.WithContext(ctx)
 	progress := serialized(req.Progress)
 	if caps.NeedsImage {
@@ -207,7 +174,7 @@ func (m *Manager) fetch(ctx context.Context, caps engine.Capabilities, req RunRe
 }
 
 // runCommand runs the request's command on a machine that is up.
-func runCommand(ctx context.Context, p *supervisor.Process, req RunRequest) (*api.ExecResult, error) {
+func runCommand(ctx context.Context, p *supervisor.Process, req api.RunRequest) (*api.ExecResult, error) {
 	stdout, stderr := &capture{to: req.Stdout}, &capture{to: req.Stderr}
 	ex := guestproto.ExecRequest{Argv: req.Argv, Env: req.Env, TimeoutSeconds: req.Timeout.Seconds(), Stdin: req.Stdin != nil}
 	if len(req.Argv) == 1 {

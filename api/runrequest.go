@@ -1,0 +1,39 @@
+package api
+
+import (
+	"io"
+	"time"
+)
+
+// The defaults of a run.
+const (
+	DefaultVCPUCount = 1
+	DefaultMemMiB    = 1024
+	DefaultTimeout   = 30 * time.Second
+	DefaultTTL       = 600 * time.Second
+)
+
+// A RunRequest asks for one command in a fresh guest.
+type RunRequest struct {
+	Environment string
+	// Argv are the words of the command. A single word is run by sh -c.
+	Argv []string
+	// Zero means the default for all of the following.
+	VCPUCount, MemMiB, DiskMiB int
+	// Timeout is for the command, TTL for the machine; negative means none.
+	Timeout, TTL time.Duration
+	Env          map[string]string
+
+	Engine          string
+	Require         Require
+	AllowHostCompat bool
+
+	// Stdin feeds the command; nil means that it reads end of file at once.
+	Stdin io.Reader
+	// Stdout and Stderr take the command's output as it comes. Where one is
+	// nil the result carries it instead, up to a bound.
+	Stdout, Stderr io.Writer
+	// Progress is told what happens before the command runs; may be nil. It
+	// may be called from several goroutines, one at a time.
+	Progress func(Progress)
+}

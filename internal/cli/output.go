@@ -1,0 +1,84 @@
+package cli
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/boundedlog"
+)
+
+// printJSON prints v as the one document of --json: two spaces of indent and
+// sorted keys.
+func (a *app) printJSON(v any) error {
+	b, err := sortedJSON(v)
+	if err != nil {
+		return err
+	}
+	_, err = a.Out.Write(b)
+	return err
+}
+
+// sortedJSON goes through a map, whose keys encoding/json sorts.
+func sortedJSON(v any) ([]byte, error) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	var generic any
+	dec := json.NewDecoder(strings.NewReader(string(b)))
+	dec.UseNumber()
+	if err := dec.Decode(&generic); err != nil {
+		return nil, err
+	}
+	var out strings.Builder
+	enc := json.NewEncoder(&out)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", "  ")
+	if err := enc.Encode(generic); err != nil {
+		return nil, err
+	}
+	return []byte(out.String()), nil
+}
+
+// printError prints err on stderr: one line, the hint on its own, or the JSON
+// form. Error texts may quote the guest and are made printable.
+func (a *app) printError(err error) {
+	if a.json {
+		b, jsonErr := sortedJSON(map[string]any{"error": map[string]string{
+			"code": api.Code(err), "message": err.Error(), "hint": api.Hint(err),
+		}})
+		if jsonErr == nil {
+			_, _ = a.Err.Write(b)
+			return
+		}
+	}
+	var lines []string
+	for line := range strings.SplitSeq(err.Error(), "\n") {
+		lines = append(lines, boundedlog.Printable(line))
+	}
+	fmt.Fprintf(a.Err, "pyro: %s\n", strings.Join(lines, "\n"))
+	if hint := api.Hint(err); hint != "" {
+		fmt.Fprintf(a.Err, "hint: %s\n", boundedlog.Printable(hint))
+	}
+}
+
+// table prints rows aligned, under an upper-case header.
+func (a *app) table(header []string, rows [][]string) error {
+	w := tabwriter.NewWriter(a.Out, 0, 8, 2, ' ', 0)
+	for _, row := range append([][]string{header}, rows...) {
+		for i, cell := range row {
+			sep := "\t"
+			if i == len(row)-1 {
+				sep = "\n"
+			}
+			if _, err := io.WriteString(w, boundedlog.Printable(cell)+sep); err != nil {
+				return err
+			}
+		}
+	}
+	return w.Flush()
+}

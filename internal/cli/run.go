@@ -1,0 +1,189 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/pyro-mcp/pyro/api"
+)
+
+type runOptions struct {
+	req            api.RunRequest
+	require        string
+	timeoutSeconds float64
+	ttlSeconds     float64
+	network        string
+	env            []string
+	raw            bool
+}
+
+func newRunCmd(a *app) *cobra.Command {
+	o := &runOptions{}
+	cmd := &cobra.Command{
+		Use:   "run ENVIRONMENT -- COMMAND [ARGUMENT]...",
+		Short: "Run one command in a fresh guest and remove the guest again",
+		Long: `Run starts a fresh isolated guest, runs one command in it with its input and
+output passed through live, and removes the guest again, whatever happens.
+
+The words after -- keep their boundaries; a single word is run by sh -c. The
+exit status is the command's own; 124 if it ran out of time, 125 if pyro itself
+failed. Without an engine that isolates, run refuses: only --allow-host-compat
+lets a command run on this host, and the answer says so.`,
+		Example: `  pyro run debian:12 -- git --version
+  pyro run debian:12 -- 'uname -r; nproc'
+  tar c . | pyro run debian:12 -- sh -c 'tar x && ls -la'
+  pyro run debian:12 --json --timeout-seconds 5 -- python3 -c 'print(6*7)'`,
+		Annotations: map[string]string{annotationPasses: "yes"},
+		Args:        args(runArgs),
+		RunE: func(cmd *cobra.Command, given []string) error {
+			a.passesThrough = true
+			o.req.Environment, o.req.Argv = given[0], given[1:]
+			if err := o.complete(cmd); err != nil {
+				return err
+			}
+			return runRun(cmd.Context(), a, o)
+		},
+	}
+	f := cmd.Flags()
+	f.IntVar(&o.req.VCPUCount, "vcpu-count", api.DefaultVCPUCount, "virtual processors")
+	f.IntVar(&o.req.MemMiB, "mem-mib", api.DefaultMemMiB, "memory in MiB")
+	f.IntVar(&o.req.DiskMiB, "disk-mib", 0, "disk in MiB (default the environment's own)")
+	f.Float64Var(&o.timeoutSeconds, "timeout-seconds", api.DefaultTimeout.Seconds(), "time limit for the command; 0 for none")
+	f.Float64Var(&o.ttlSeconds, "ttl-seconds", api.DefaultTTL.Seconds(), "time limit for the guest; 0 for none")
+	f.StringVar(&o.network, "network", "off", "network policy; only off is available so far")
+	f.StringArrayVar(&o.env, "env", nil, "environment variable `NAME=VALUE` for the command, or NAME to take this process's; repeatable")
+	f.BoolVar(&o.raw, "raw", false, "do not filter control sequences on a terminal")
+	f.BoolVar(&a.quiet, "quiet", false, "no progress and no closing line on stderr")
+	addEngineFlags(cmd, &o.req.Engine, &o.require, &o.req.AllowHostCompat)
+	return cmd
+}
+
+// addEngineFlags adds the flags by which a new machine's engine is chosen.
+func addEngineFlags(cmd *cobra.Command, engine, require *string, hostCompat *bool) {
+	f := cmd.Flags()
+	f.StringVar(engine, "engine", "", "engine: auto, qemu, gvisor, host (default auto, or PYRO_ENGINE)")
+	f.StringVar(require, "require", "", "isolation to insist on: vm or sandbox")
+	f.BoolVar(hostCompat, "allow-host-compat", false, "run on this host, without any isolation, if nothing else works")
+}
+
+func runArgs(cmd *cobra.Command, given []string) error {
+	dash := cmd.ArgsLenAtDash()
+	switch {
+	case len(given) == 0 || dash == 0:
+		return fmt.Errorf("no environment was given, as in: pyro run debian:12 -- git --version")
+	case dash > 1 || (dash < 0 && len(given) > 1):
+		return fmt.Errorf("put the command after --, as in: pyro run %s -- %s", given[0], strings.Join(given[1:], " "))
+	}
+	return nil
+}
+
+// complete checks the flags and turns them into the request.
+func (o *runOptions) complete(cmd *cobra.Command) error {
+	for flag, n := range map[string]int{"vcpu-count": o.req.VCPUCount, "mem-mib": o.req.MemMiB, "disk-mib": o.req.DiskMiB} {
+		if n < 1 && cmd.Flags().Changed(flag) {
+			return api.WithHint(api.Errorf(api.ErrInvalid, "--%s is %d", flag, n), "give it a positive number")
+		}
+	}
+	var err error
+	if o.req.Timeout, err = seconds("timeout-seconds", o.timeoutSeconds); err != nil {
+		return err
+	}
+	if o.req.TTL, err = seconds("ttl-seconds", o.ttlSeconds); err != nil {
+		return err
+	}
+	if o.network != "off" {
+		return api.WithHint(api.Errorf(api.ErrUnsupported, "network policy %q is not available: guests have no network yet", o.network),
+			"leave --network out, and pass files in on stdin")
+	}
+	o.req.Require = api.Require(o.require)
+	o.req.Env, err = parseEnv(o.env, os.LookupEnv)
+	return err
+}
+
+// seconds converts a flag in seconds; 0 means no limit, which is -1 in requests.
+func seconds(flag string, s float64) (time.Duration, error) {
+	const year = 365 * 24 * 3600
+	if math.IsNaN(s) || s < 0 || s > year {
+		return 0, api.WithHint(api.Errorf(api.ErrInvalid, "--%s is %v", flag, s), "give a number of seconds between 0 (no limit) and %d", year)
+	}
+	if s == 0 {
+		return -1, nil
+	}
+	return max(time.Duration(s*float64(time.Second)), time.Millisecond), nil
+}
+
+func parseEnv(given []string, lookup func(string) (string, bool)) (map[string]string, error) {
+	env := map[string]string{}
+	for _, e := range given {
+		name, value, ok := strings.Cut(e, "=")
+		if !ok {
+			if value, ok = lookup(name); !ok {
+				return nil, api.WithHint(api.Errorf(api.ErrInvalid, "--env %s: this process has no such variable", name), "write --env %s=VALUE", name)
+			}
+		}
+		if name == "" {
+			return nil, api.WithHint(api.Errorf(api.ErrInvalid, "--env %q has no name", e), "write --env NAME=VALUE")
+		}
+		env[name] = value
+	}
+	return env, nil
+}
+
+func runRun(ctx context.Context, a *app, o *runOptions) error {
+	client, err := a.client(ctx)
+	if err != nil {
+		return err
+	}
+	progress := a.newProgress()
+	o.req.Progress = progress.show
+	o.req.Stdin = a.In
+	if !a.json {
+		o.req.Stdout = a.guestOutput(a.Out, o.raw, progress)
+		o.req.Stderr = a.guestOutput(a.Err, o.raw, progress)
+	}
+	res, err := client.Run(ctx, o.req)
+	progress.clear()
+	if err != nil {
+		return err
+	}
+	a.status = res.ExitCode
+	if res.TimedOut {
+		a.status = exitTimeout
+	}
+	if a.json {
+		return a.printJSON(res)
+	}
+	a.afterCommand(res, o.req.Timeout)
+	return nil
+}
+
+// afterCommand says on stderr how a command went.
+func (a *app) afterCommand(res *api.ExecResult, limit time.Duration) {
+	if res.TimedOut {
+		fmt.Fprintf(a.Err, "pyro: the command ran longer than %s and was ended\nhint: raise --timeout-seconds\n", limit)
+	}
+	if res.OOMKilled {
+		fmt.Fprintf(a.Err, "pyro: the guest ran out of memory and the command was killed\nhint: raise --mem-mib\n")
+	}
+	if a.quiet {
+		return
+	}
+	fmt.Fprintf(a.Err, "[run] environment=%s engine=%s isolation=%s exit_code=%d duration_ms=%d\n",
+		res.Environment, res.Engine, res.Isolation, res.ExitCode, res.DurationMS)
+}
+
+// guestOutput returns where a guest's output goes: straight through, or, on a
+// terminal, past a filter, because the guest must not drive it.
+func (a *app) guestOutput(to io.Writer, raw bool, progress *progress) io.Writer {
+	if !raw && isTerminal(to) {
+		to = &terminalFilter{to: to}
+	}
+	return progress.before(to)
+}
