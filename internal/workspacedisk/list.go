@@ -1,0 +1,170 @@
+package workspacedisk
+
+import (
+	"context"
+	"encoding/base64"
+	"fmt"
+	"slices"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/workspacedisk/ext4"
+)
+
+// List returns what lies in the directory at guestPath, one level or all, or
+// the one entry of a file or symlink, sorted by path. Devices, pipes and
+// sockets are left out of a listing; asked for by path they are ErrInvalid.
+// Paths are absolute. A path that does not exist is ErrNotFound, more than
+// [Limits] allows is ErrExhausted, and a directory that contains itself or two
+// entries of one name is ErrDamaged.
+func (d *Disk) List(ctx context.Context, guestPath string, recursive bool) (*api.DiskList, error) {
+	guestPath, err := cleanPath(guestPath)
+	if err != nil {
+		return nil, err
+	}
+	l := &lister{disk: d, budget: d.budget(), limits: d.opts.Limits, visited: map[uint32]bool{}}
+	ino, err := d.resolve(ctx, guestPath, l.budget)
+	if err != nil {
+		return nil, err
+	}
+	if ino.IsDir() {
+		err = l.listTree(ctx, ino, guestPath, recursive)
+	} else {
+		var listed bool
+		if listed, err = l.add(guestPath, ino); err == nil && !listed {
+			return nil, api.Errorf(api.ErrInvalid, "unsupported workspace disk path type: %s", guestPath)
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("listing %s: %w", guestPath, err)
+	}
+	entries, err := l.finish()
+	if err != nil {
+		return nil, fmt.Errorf("listing %s: %w", guestPath, err)
+	}
+	return &api.DiskList{Entries: entries, Path: validText(guestPath), Recursive: recursive}, nil
+}
+
+// A lister gathers one listing.
+type lister struct {
+	disk      *Disk
+	budget    *ext4.Budget
+	limits    Limits
+	pathBytes int64
+	visited   map[uint32]bool // directories
+	found     []found
+}
+
+// found is an entry before its text is made fit for JSON.
+type found struct {
+	path, target string
+	kind         string
+	size         int64
+}
+
+type pendingDir struct {
+	ino  *ext4.Inode
+	path string
+}
+
+// listTree adds what lies below a directory, without recursion of its own: the
+// image decides the depth.
+func (l *lister) listTree(ctx context.Context, dir *ext4.Inode, dirPath string, recursive bool) error {
+	pending := []pendingDir{{dir, dirPath}}
+	for len(pending) > 0 {
+		at := pending[len(pending)-1]
+		pending = pending[:len(pending)-1]
+		if l.visited[at.ino.Number] {
+			return api.Errorf(api.ErrDamaged, "directory inode %d appears twice in the tree", at.ino.Number)
+		}
+		l.visited[at.ino.Number] = true
+		prefix := at.path
+		if prefix != "/" {
+			prefix += "/"
+		}
+		err := l.disk.fs.ReadDir(ctx, at.ino, l.budget, func(e ext4.Dirent) error {
+			if l.disk.hidden(at.ino, e.Name) {
+				return nil
+			}
+			ino, err := l.disk.fs.Inode(e.Inode)
+			if err != nil {
+				return err
+			}
+			p := prefix + e.Name
+			if len(p) > maxPathLen {
+				return api.Errorf(api.ErrExhausted, "a path is longer than %d bytes", maxPathLen)
+			}
+			if _, err := l.add(p, ino); err != nil {
+				return err
+			}
+			if recursive && ino.IsDir() {
+				pending = append(pending, pendingDir{ino, p})
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// add appends one entry; listed is false for a special file.
+func (l *lister) add(p string, ino *ext4.Inode) (listed bool, err error) {
+	f := found{path: p}
+	switch {
+	case ino.IsDir():
+		f.kind = api.ArtifactDirectory
+	case ino.IsRegular():
+		f.kind, f.size = api.ArtifactFile, ino.Size
+	case ino.IsSymlink():
+		f.kind, f.size = api.ArtifactSymlink, ino.Size
+		if f.target, err = l.disk.fs.ReadLink(ino); err != nil {
+			return false, err
+		}
+	default:
+		return false, nil
+	}
+	l.pathBytes += int64(len(p) + len(f.target))
+	if len(l.found) >= l.limits.MaxEntries {
+		return false, tooMuch("it has more than %d entries", l.limits.MaxEntries)
+	}
+	if l.pathBytes > l.limits.MaxPathBytes {
+		return false, tooMuch("its paths take more than %d bytes", l.limits.MaxPathBytes)
+	}
+	l.found = append(l.found, f)
+	return true, nil
+}
+
+func tooMuch(format string, args ...any) error {
+	return api.WithHint(api.Errorf(api.ErrExhausted, format, args...), "list a directory further down, or without --recursive")
+}
+
+// finish sorts the entries and refuses duplicate names.
+func (l *lister) finish() ([]api.DiskEntry, error) {
+	slices.SortFunc(l.found, func(a, b found) int { return strings.Compare(a.path, b.path) })
+	entries := make([]api.DiskEntry, len(l.found))
+	for i, f := range l.found {
+		if i > 0 && l.found[i-1].path == f.path {
+			return nil, api.Errorf(api.ErrDamaged, "a directory has two entries of the name %q", f.path)
+		}
+		e := api.DiskEntry{ArtifactType: f.kind, Path: validText(f.path), PathBase64: rawText(f.path), SizeBytes: f.size}
+		if f.kind == api.ArtifactSymlink {
+			target := validText(f.target)
+			e.LinkTarget, e.LinkTargetBase64 = &target, rawText(f.target)
+		}
+		entries[i] = e
+	}
+	return entries, nil
+}
+
+// validText is s as text; rawText is s in base64 if that lost something.
+func validText(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
+
+func rawText(s string) string {
+	if utf8.ValidString(s) {
+		return ""
+	}
+	return base64.StdEncoding.EncodeToString([]byte(s))
+}

@@ -1,0 +1,20 @@
+//go:build !linux
+
+package workspacedisk
+
+import (
+	"os"
+
+	"github.com/pyro-mcp/pyro/api"
+)
+
+// NextData counts everything as data.
+func (l *rawLayer) NextData(int64) (end int64, zero bool, err error) { return l.size, false, nil }
+
+func lockShared(f *os.File) error { return noLocks(f) }
+
+func probeExclusive(f *os.File) error { return noLocks(f) }
+
+func noLocks(f *os.File) error {
+	return api.Errorf(api.ErrUnsupported, "whether a machine uses %s cannot be told on this system", f.Name())
+}
