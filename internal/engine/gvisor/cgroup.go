@@ -241,11 +241,22 @@ func killCgroup(name string) {
 	}
 }
 
+// reapWait is how long remove waits for the host's init to reap what was killed
+// after its parent. Most do at once.
+const reapWait = 5 * time.Second
+
 // remove removes the group, also from controllers that runsc added by itself.
-// The kernel refuses as long as a process is in it.
+// The kernel refuses as long as a process is in it, with cgroup v1 also a
+// zombie. What stays after reapWait is for [Engine.Reap].
 func (l *limits) remove() {
-	if l != nil {
+	if l == nil {
+		return
+	}
+	for deadline := time.Now().Add(reapWait); ; time.Sleep(5 * time.Millisecond) {
 		removeCgroup(l.name)
+		if len(cgroupDirs(l.name)) == 0 || time.Now().After(deadline) {
+			return
+		}
 	}
 }
 

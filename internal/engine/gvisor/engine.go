@@ -107,7 +107,7 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 	if err != nil {
 		return nil, err
 	}
-	undo.add(func() { layer.Close() })
+	undo.add(func() { _ = layer.release() })
 
 	top, err := chooseStage(stageCandidates, []string{rt.path, spec.AgentPath, "/dev", "/proc", "/sys"})
 	if err != nil {
@@ -126,20 +126,21 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 
 	m := &machine{
 		runsc: rt, ns: ns, stage: stage(top), id: spec.ID, ephemeral: spec.Ephemeral, limits: lim,
-		layerLock: func() { layer.Close() }, logger: spec.Logger,
-		attached: make(chan struct{}), gone: make(chan struct{}),
+		layer: layer, logger: spec.Logger,
+		attached: make(chan struct{}), ended: make(chan struct{}), gone: make(chan struct{}),
 	}
 	token := newToken()
 	files, err := guestFiles()
 	if err != nil {
 		return nil, err
 	}
+	undo.add(func() { _ = ns.do(func() error { return m.stage.unmountRoot(spec.Ephemeral) }) })
 	var listener net.Listener
 	err = ns.do(func() error {
 		if err := m.stage.mount(); err != nil {
 			return err
 		}
-		if err := m.stage.mountRoot(rootImage, layer, spec.Ephemeral); err != nil {
+		if err := m.stage.mountRoot(rootImage, layer.File, spec.Ephemeral); err != nil {
 			return err
 		}
 		if err := bindFile(spec.AgentPath, m.stage.agent()); err != nil {

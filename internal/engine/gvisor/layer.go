@@ -49,7 +49,7 @@ const layerWait = 60 * time.Second
 // sizeMiB large, and locked: the lock is held until the returned file and every
 // loop device on it are gone, so no two kernels' worth of caches ever write to
 // one image. It waits for a holder that is on its way out.
-func openLayer(ctx context.Context, dir string, sizeMiB int64) (*os.File, error) {
+func openLayer(ctx context.Context, dir string, sizeMiB int64) (*layer, error) {
 	path := filepath.Join(dir, LayerFile)
 	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, os.ErrNotExist) {
@@ -69,7 +69,30 @@ func openLayer(ctx context.Context, dir string, sizeMiB int64) (*os.File, error)
 		f.Close()
 		return nil, err
 	}
-	return f, nil
+	return &layer{f}, nil
+}
+
+// layer is an open and locked image.
+type layer struct {
+	*os.File
+}
+
+// release gives the lock up and returns when the kernel has, too: then all that
+// was written is in the image file and no loop device is left.
+func (l *layer) release() error {
+	path := l.Name()
+	if err := l.Close(); err != nil {
+		return err
+	}
+	f, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return lockWait(context.Background(), f)
 }
 
 // makeLayer makes a sparse ext4 image. A crash leaves at most a file of another

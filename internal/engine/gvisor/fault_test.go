@@ -1,0 +1,239 @@
+package gvisor_test
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/engine/gvisor"
+)
+
+// superviseVariable makes the test binary the supervisor of one machine: its
+// value is the MachineSpec as JSON.
+const superviseVariable = "PYRO_TEST_GVISOR_SUPERVISE"
+
+// supervise starts the machine, writes to a file in the guest, says so, and
+// stays until it is killed.
+func supervise() int {
+	var spec engine.MachineSpec
+	if err := json.Unmarshal([]byte(os.Getenv(superviseVariable)), &spec); err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	spec.Console, spec.Logger = os.Stderr, slog.Default()
+	fmt.Println("starting")
+	m, err := gvisor.New(gvisor.Options{}).Start(context.Background(), spec)
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	fmt.Println("started")
+	if _, err := tryGuest(context.Background(), m, "echo kept >/workspace/f; sync; (while :; do echo more >>/workspace/g; done) >/dev/null 2>&1 &"); err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	fmt.Println("running")
+	for {
+		if _, err := tryGuest(context.Background(), m, "seq 1000 >/workspace/h"); err != nil {
+			return 1
+		}
+	}
+}
+
+// A supervisor killed at any moment takes everything with it but an empty
+// cgroup, which the next start removes, and leaves a disk that is whole.
+func TestKillSupervisor(t *testing.T) {
+	e := newEngine(t)
+	for _, tt := range []struct {
+		at    string
+		after time.Duration
+	}{
+		{"starting", 0}, {"starting", 5 * time.Millisecond}, {"starting", 20 * time.Millisecond},
+		{"started", 0}, {"started", 5 * time.Millisecond}, {"started", 20 * time.Millisecond},
+		{"started", 40 * time.Millisecond}, {"started", 60 * time.Millisecond}, {"started", 80 * time.Millisecond},
+		{"started", 100 * time.Millisecond}, {"running", 0}, {"running", 200 * time.Millisecond},
+	} {
+		t.Run(fmt.Sprintf("%s+%s", tt.at, tt.after), func(t *testing.T) {
+			spec := newSpec(t)
+			spec.Console, spec.Logger = nil, nil
+			b, err := json.Marshal(spec)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.Command(os.Args[0])
+			cmd.Env = append(os.Environ(), superviseVariable+"="+string(b))
+			cmd.Stderr = testWriter{t}
+			out, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			for lines := bufio.NewScanner(out); lines.Scan() && lines.Text() != tt.at; {
+			}
+			time.Sleep(tt.after) // the moment to be killed at, not a wait
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+			e.Reap()
+			awaitNothing(t, spec)
+
+			if t.Failed() {
+				return
+			}
+
+			// The same disk serves at once, and what was flushed is there.
+			spec.Console, spec.Logger = testWriter{t}, slog.New(slog.NewTextHandler(testWriter{t}, nil))
+			m := start(t, e, spec)
+			if got := guest(t, m, "cat /workspace/f || true"); tt.at == "running" && got != "kept\n" {
+				t.Errorf("the flushed file reads %q", got)
+			}
+			if err := m.Stop(t.Context(), 10*time.Second); err != nil {
+				t.Fatal(err)
+			}
+			fsck(t, filepath.Join(spec.Dir, gvisor.LayerFile))
+		})
+	}
+}
+
+// awaitNothing waits until nothing of the machine is left. No event tells when
+// the kernel has taken down the processes of a process that was killed.
+func awaitNothing(t *testing.T, spec engine.MachineSpec) {
+	t.Helper()
+	left := ""
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		if left = leftovers(spec.ID, spec.Dir); left == "" {
+			return
+		}
+		gvisor.New(gvisor.Options{}).Reap()
+	}
+	t.Errorf("still there after ten seconds:\n%s", left)
+}
+
+// Whichever of a machine's processes is killed, the machine ends, says so and
+// leaves nothing.
+func TestKillProcess(t *testing.T) {
+	e := newEngine(t)
+	for _, who := range []string{"runsc run", "gofer", "sandbox", "guest agent"} {
+		t.Run(who, func(t *testing.T) {
+			spec := newSpec(t)
+			m := start(t, e, spec)
+			guest(t, m, "echo kept >/workspace/f; sync")
+			if who == "guest agent" {
+				// The first process of a pid namespace cannot be killed from
+				// inside by KILL; gVisor lets it die of a fault signal.
+				_, _ = tryGuest(t.Context(), m, "kill -SEGV 1; kill -KILL 1; sleep 5")
+			} else {
+				pid := findProcess(t, m, who)
+				if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+					t.Fatal(err)
+				}
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			exit, err := m.Wait(ctx)
+			if err != nil {
+				t.Fatalf("the machine did not end: %v", err)
+			}
+			if exit.Requested || exit.Reason == "" {
+				t.Errorf("exit = %+v", exit)
+			}
+			if left := leftovers(spec.ID, spec.Dir); left != "" {
+				t.Error(left)
+			}
+			if _, err := m.DialGuest(ctx); err == nil {
+				t.Error("DialGuest of a dead machine succeeded")
+			}
+			if err := m.Stop(ctx, time.Second); err != nil {
+				t.Errorf("Stop of a dead machine: %v", err)
+			}
+			m = start(t, e, spec)
+			if got := guest(t, m, "cat /workspace/f"); got != "kept\n" {
+				t.Errorf("the flushed file reads %q", got)
+			}
+		})
+	}
+}
+
+func findProcess(t *testing.T, m engine.Machine, who string) int {
+	t.Helper()
+	for _, pid := range m.PIDs() {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		args := strings.Split(string(b), "\x00")
+		for _, arg := range args {
+			if who == "runsc run" && arg == "run" || who == "gofer" && arg == "gofer" || who == "sandbox" && arg == "boot" {
+				return pid
+			}
+		}
+	}
+	t.Fatalf("none of %v is the %s", m.PIDs(), who)
+	return 0
+}
+
+// A sandbox that hangs (here: that is stopped) is ended all the same.
+func TestStopHung(t *testing.T) {
+	e := newEngine(t)
+	m := start(t, e, newSpec(t))
+	guest(t, m, "true")
+	for _, pid := range m.PIDs() {
+		if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	begin := time.Now()
+	if err := m.Stop(t.Context(), 500*time.Millisecond); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(begin); took > 5*time.Second {
+		t.Errorf("Stop took %s", took)
+	}
+}
+
+// A guest that takes all the memory it can loses its own processes or its
+// machine, never the host's.
+func TestMemoryIsBounded(t *testing.T) {
+	e := newEngine(t)
+	spec := newSpec(t)
+	m := start(t, e, spec)
+	if facts := e.Probe(t.Context()).Facts; !limited(facts) {
+		t.Skip("this host has no cgroups to limit with")
+	}
+	_, err := tryGuest(t.Context(), m, "dd if=/dev/zero of=/dev/null bs=900M count=1")
+	t.Logf("taking 900 MiB of 256: %v", err)
+	file, err := filepath.Glob("/sys/fs/cgroup/memory/pyro-" + spec.ID + ".*/memory.max_usage_in_bytes")
+	if err != nil || len(file) == 0 {
+		return // the machine is gone, or cgroup v2, which keeps no maximum
+	}
+	b, err := os.ReadFile(file[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	var most int64
+	if _, err := fmt.Sscan(string(b), &most); err != nil || most > 400<<20 {
+		t.Errorf("the machine has used %d bytes, %v", most, err)
+	}
+}
+
+func limited(facts []api.Fact) bool {
+	for _, f := range facts {
+		if f.Name == "limits" {
+			return f.OK
+		}
+	}
+	return false
+}
