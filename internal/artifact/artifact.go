@@ -13,6 +13,7 @@
 //	build/NAME.lock          held by the process that builds NAME
 //	build/NAME.leash         open in the builder and in all that it starts
 //	build/NAME/              what the builder has made so far
+//	build/NAME.keep/         downloads that the next attempt can use
 package artifact
 
 import (

@@ -28,18 +28,26 @@ type Install struct {
 	NeedBytes int64
 	// Build makes the artifact's files below b.Out.
 	Build func(ctx context.Context, b *Build) error
-	// Clean removes what a killed Build may have left outside its directory,
-	// nil if there is nothing. It is called before Build and after it.
-	Clean func(ctx context.Context, b *Build) error
+	// Clean removes what Build, if killed, may have left outside b.Dir or
+	// inside it and hard to remove (another user's files). It is called before
+	// and after Build, and by Prune; nil if there is no such thing.
+	Clean Cleaner
 	// Progress may be nil.
 	Progress func(api.Progress)
 }
 
+// A Cleaner removes what a build leaves besides plain files of the user's own.
+// It has to work in any state that a kill can leave. Before keep is removed,
+// which outlives failed attempts otherwise, it is called with all set.
+type Cleaner func(ctx context.Context, b *Build, all bool) error
+
 // A Build is one attempt to make an artifact.
 type Build struct {
-	// Dir is private to this attempt's name and removed afterwards. It is
-	// empty at first, but for what Clean leaves.
+	// Dir is private to this attempt, empty at first and removed afterwards.
 	Dir string
+	// Keep is a directory that outlives failed attempts, for downloads. It is
+	// removed after a successful one and by Prune.
+	Keep string
 	// Out is the directory below Dir whose regular files become the artifact.
 	Out string
 	// Leash must be inherited by every process that Build starts: if this
@@ -106,14 +114,12 @@ func (s *Store) installed(ctx context.Context, in Install) (*Held, error) {
 }
 
 func (s *Store) build(ctx context.Context, in Install, base string, progress func(api.Progress)) (_ *Held, err error) {
-	b := &Build{Dir: s.sub("build", base), Properties: map[string]string{}}
-	b.Out = filepath.Join(b.Dir, "out")
-	b.Leash, err = os.OpenFile(s.sub("build", base+".leash"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	b, err := s.newBuild(base)
 	if err != nil {
 		return nil, err
 	}
 	defer b.Leash.Close()
-	if err := s.clean(ctx, in, b); err != nil {
+	if err := s.clean(ctx, in, b, false); err != nil {
 		return nil, fmt.Errorf("clearing away an earlier attempt: %w", err)
 	}
 	if err := CheckFree(s.dir, in.NeedBytes); err != nil {
@@ -124,12 +130,14 @@ func (s *Store) build(ctx context.Context, in Install, base string, progress fun
 		// way, but takes room.
 		bound, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 		defer cancel()
-		if cerr := s.clean(bound, in, b); cerr != nil {
+		if cerr := s.clean(bound, in, b, err == nil); cerr != nil {
 			s.log.Warn("clearing a build directory", "dir", b.Dir, "error", cerr)
 		}
 	}()
-	if err := os.MkdirAll(b.Out, 0o700); err != nil {
-		return nil, err
+	for _, dir := range []string{b.Dir, b.Out, b.Keep} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, err
+		}
 	}
 	if err := in.Build(ctx, b); err != nil {
 		return nil, explainFull(err, s.dir)
@@ -142,20 +150,32 @@ func (s *Store) build(ctx context.Context, in Install, base string, progress fun
 	return h, nil
 }
 
-// clean ends what an earlier attempt left running and removes its files.
-func (s *Store) clean(ctx context.Context, in Install, b *Build) error {
+func (s *Store) newBuild(base string) (*Build, error) {
+	b := &Build{Dir: s.sub("build", base), Keep: s.sub("build", base+".keep"), Properties: map[string]string{}}
+	b.Out = filepath.Join(b.Dir, "out")
+	var err error
+	b.Leash, err = os.OpenFile(s.sub("build", base+".leash"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	return b, err
+}
+
+// clean ends what an attempt has left running and removes its files, with all
+// set also those that the next attempt could use.
+func (s *Store) clean(ctx context.Context, in Install, b *Build, all bool) error {
 	killed, err := killHolders(ctx, b.Leash)
 	if killed > 0 {
-		s.log.Info("ended processes of an earlier build", "name", in.Name, "count", killed)
+		s.log.Info("ended processes of an unfinished build", "name", in.Name, "count", killed)
 	}
 	if err != nil {
 		return err
 	}
 	if in.Clean != nil {
-		if _, err := os.Lstat(b.Dir); err == nil {
-			if err := in.Clean(ctx, b); err != nil {
-				return err
-			}
+		if err := in.Clean(ctx, b, all); err != nil {
+			return err
+		}
+	}
+	if all {
+		if err := os.RemoveAll(b.Keep); err != nil {
+			return err
 		}
 	}
 	return os.RemoveAll(b.Dir)

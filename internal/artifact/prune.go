@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -22,8 +23,8 @@ type Pruned struct {
 
 // Prune removes the artifacts that no name means, that keep does not name by
 // digest and that nobody holds, and what broken-off builds have left. clean is
-// called for the latter as [Install.Clean] is; it may be nil.
-func (s *Store) Prune(ctx context.Context, keep []string, clean func(ctx context.Context, b *Build) error) (Pruned, error) {
+// called for the latter; it may be nil.
+func (s *Store) Prune(ctx context.Context, keep []string, clean Cleaner) (Pruned, error) {
 	var out Pruned
 	wanted := map[string]bool{}
 	for _, d := range keep {
@@ -56,23 +57,20 @@ func (s *Store) Prune(ctx context.Context, keep []string, clean func(ctx context
 		out.Removed = append(out.Removed, "sha256:"+o.Name())
 		out.FreedBytes += freed
 	}
-	builds, err := os.ReadDir(s.sub("build"))
+	names, err := s.builds()
 	if err != nil {
 		return out, err
 	}
-	for _, b := range builds {
-		if !b.IsDir() {
-			continue
-		}
-		freed, err := s.removeBuild(ctx, b.Name(), clean)
+	for _, base := range names {
+		freed, err := s.removeBuild(ctx, base, clean)
 		if errors.Is(err, api.ErrBusy) {
 			continue
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("removing the unfinished build of %s: %w", b.Name(), err))
+			errs = append(errs, fmt.Errorf("removing the unfinished build of %s: %w", base, err))
 			continue
 		}
-		out.Removed = append(out.Removed, "unfinished build of "+b.Name())
+		out.Removed = append(out.Removed, "unfinished build of "+base)
 		out.FreedBytes += freed
 	}
 	return out, errors.Join(errs...)
@@ -120,21 +118,34 @@ func (s *Store) removeObject(hex string) (int64, error) {
 	return freed, os.Remove(path)
 }
 
-func (s *Store) removeBuild(ctx context.Context, base string, clean func(ctx context.Context, b *Build) error) (int64, error) {
+func (s *Store) removeBuild(ctx context.Context, base string, clean Cleaner) (int64, error) {
 	f, err := tryLock(s.sub("build", base+".lock"), unix.LOCK_EX)
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
-	b := &Build{Dir: s.sub("build", base)}
-	b.Out = filepath.Join(b.Dir, "out")
-	b.Leash, err = os.OpenFile(s.sub("build", base+".leash"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	b, err := s.newBuild(base)
 	if err != nil {
 		return 0, err
 	}
 	defer b.Leash.Close()
-	freed := UsedBytes(b.Dir)
-	return freed, s.clean(ctx, Install{Name: base, Clean: clean}, b)
+	freed := UsedBytes(b.Dir) + UsedBytes(b.Keep)
+	return freed, s.clean(ctx, Install{Name: base, Clean: clean}, b, true)
+}
+
+// builds returns the names of which something unfinished is left.
+func (s *Store) builds() ([]string, error) {
+	entries, err := os.ReadDir(s.sub("build"))
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, e := range entries {
+		if name := strings.TrimSuffix(e.Name(), ".keep"); e.IsDir() && !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	return names, nil
 }
 
 // UsedBytes returns the space that the files below dir take on the disk. What

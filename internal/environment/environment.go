@@ -22,6 +22,7 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/artifact"
 	"github.com/pyro-mcp/pyro/internal/environment/debian"
+	"github.com/pyro-mcp/pyro/internal/mmdebstrap"
 )
 
 // Options configures a Store.
@@ -29,9 +30,10 @@ type Options struct {
 	// CacheDir is pyro's cache directory; the store uses environments below it.
 	CacheDir string
 	Logger   *slog.Logger
-	// DebianMirror is used in place of Debian's own mirrors, "" for those. The
-	// packages' signatures are checked all the same. It also becomes the
-	// mirror that apt uses in the guest.
+	// DebianMirror is used in place of Debian's own mirrors: a URL, and after
+	// a space optionally another one for the security updates; "" for
+	// Debian's. The packages' signatures are checked all the same. It also
+	// becomes what apt uses in the guest.
 	DebianMirror string
 	// TempDir is where a build unpacks packages, "" for $TMPDIR or /var/tmp.
 	// Other users must be able to pass through it: apt downloads as its own
@@ -63,11 +65,13 @@ func Open(opts Options) (*Store, error) {
 		artifacts: artifacts,
 		log:       opts.Logger,
 		debian: &debian.Builder{
-			Mmdebstrap: opts.Mmdebstrap,
-			Mirror:     opts.DebianMirror,
-			TempDir:    opts.TempDir,
-			ArchiveDir: filepath.Join(opts.CacheDir, "apt-archives"),
-			Logger:     opts.Logger,
+			Tool: mmdebstrap.Tool{
+				Path:    opts.Mmdebstrap,
+				Mirror:  opts.DebianMirror,
+				TempDir: opts.TempDir,
+				Logger:  opts.Logger,
+			},
+			Logger: opts.Logger,
 		},
 	}, nil
 }
@@ -204,12 +208,7 @@ func (s *Store) Prune(ctx context.Context, opts PruneOptions) (api.PruneResult, 
 		out.Removed = append(out.Removed, what)
 	}
 	out.FreedBytes = pruned.FreedBytes
-	freed, aerr := s.debian.PruneArchives()
-	if freed > 0 {
-		out.Removed = append(out.Removed, "downloaded packages")
-		out.FreedBytes += freed
-	}
-	return out, errors.Join(err, aerr)
+	return out, err
 }
 
 // forget takes the name from an image that nobody holds right now.
