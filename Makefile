@@ -1,0 +1,53 @@
+# Everything a contributor does here. `make` alone shows the list.
+VERSION  := $(shell git describe --always --dirty 2>/dev/null || echo dev)
+LDFLAGS  := -s -w
+GOBUILD  := CGO_ENABLED=0 go build -trimpath
+PREFIX   ?= /usr/local
+FUZZTIME ?= 30s
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build test test-guests lint bench fuzz check install man clean
+
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install the host packages and Go, then build
+	./setup.sh
+
+build: ## build bin/pyro and bin/pyro-agent
+	$(GOBUILD) -ldflags "$(LDFLAGS) -X github.com/pyro-mcp/pyro/internal/cli.Version=$(VERSION)" -o bin/pyro ./cmd/pyro
+	$(GOBUILD) -ldflags "$(LDFLAGS)" -o bin/pyro-agent ./cmd/pyro-agent
+
+test: ## run the tests that need no guest, with the race detector
+	go test -race ./...
+
+test-guests: ## run the engine suite and the scenarios on real virtual machines
+	PYRO_TEST_ENGINE=qemu go test -count=1 -timeout 40m ./internal/engine/... ./test/...
+
+lint: ## gofmt, go vet, staticcheck, errcheck
+	@test -z "$$(gofmt -l .)" || { gofmt -l .; echo "run gofmt -w on these"; exit 1; }
+	go vet ./...
+	go tool staticcheck ./...
+	go tool errcheck -ignoretests -exclude .errcheck ./...
+
+bench: ## measure: prints ratios against something named, takes minutes
+	go test -run '^$$' -bench . -benchtime 1x -timeout 60m ./bench/
+
+fuzz: ## fuzz every decoder for FUZZTIME each (default 30s)
+	@set -e; for pkg in $$(go list ./...); do \
+		for f in $$(go test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
+			echo "$$pkg $$f"; go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$pkg; \
+		done; done
+
+check: lint test ## what must pass before a commit
+
+install: build man ## install into PREFIX (default /usr/local)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/man/man1
+	install -m 755 bin/pyro bin/pyro-agent $(DESTDIR)$(PREFIX)/bin/
+	install -m 644 bin/man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1/
+
+man: build ## write the manual pages to bin/man
+	bin/pyro man --dir bin/man
+
+clean: ## remove what build made
+	rm -rf bin

@@ -1,0 +1,109 @@
+package statedir_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/statedir"
+)
+
+func TestDefaults(t *testing.T) {
+	for _, test := range []struct {
+		name         string
+		env          map[string]string
+		state, cache string // "" for an error
+	}{
+		{"Home", map[string]string{"HOME": "/h"}, "/h/.local/state/pyro", "/h/.cache/pyro"},
+		{"XDG", map[string]string{"HOME": "/h", "XDG_STATE_HOME": "/s", "XDG_CACHE_HOME": "/c"}, "/s/pyro", "/c/pyro"},
+		{"Own", map[string]string{"PYRO_STATE_DIR": "/a/../b", "PYRO_CACHE_DIR": "/c", "XDG_STATE_HOME": "/s"}, "/b", "/c"},
+		{"RelativeXDGIsIgnored", map[string]string{"HOME": "/h", "XDG_STATE_HOME": "s"}, "/h/.local/state/pyro", "/h/.cache/pyro"},
+		{"RelativeOwn", map[string]string{"HOME": "/h", "PYRO_STATE_DIR": "s", "PYRO_CACHE_DIR": "c"}, "", ""},
+		{"NoHome", map[string]string{}, "", ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			getenv := func(k string) string { return test.env[k] }
+			for want, get := range map[string]func(func(string) string) (string, error){
+				"state " + test.state: statedir.DefaultState, "cache " + test.cache: statedir.DefaultCache,
+			} {
+				got, err := get(getenv)
+				if want = want[len("state "):]; want == "" {
+					if !errors.Is(err, api.ErrInvalid) || api.Hint(err) == "" {
+						t.Errorf("got %q, %v; want ErrInvalid with a hint", got, err)
+					}
+				} else if got != want || err != nil {
+					t.Errorf("got %q, %v; want %q", got, err, want)
+				}
+			}
+		})
+	}
+}
+
+func TestOpenMakesItPrivate(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a", "state")
+	if _, err := statedir.Open(path); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	d, err := statedir.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{path, d.MachinesDir()} {
+		st, err := os.Stat(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st.Mode().Perm() != 0o700 {
+			t.Errorf("%s has mode %v", p, st.Mode().Perm())
+		}
+	}
+}
+
+func TestOpenRefusesWhatIsNotOurs(t *testing.T) {
+	dir := t.TempDir()
+	target := filepath.Join(dir, "target")
+	if err := os.Mkdir(target, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(dir, "link")
+	if err := os.Symlink(target, link); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := statedir.Open(link); !errors.Is(err, api.ErrDenied) || api.Hint(err) == "" {
+		t.Errorf("a link: %v, want ErrDenied with a hint", err)
+	}
+	if os.Geteuid() == 0 {
+		if err := os.Chown(target, 12345, 12345); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := statedir.Open(target); !errors.Is(err, api.ErrDenied) {
+			t.Errorf("somebody else's: %v, want ErrDenied", err)
+		}
+	}
+}
+
+func TestWriteJSONReplacesInOneStep(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "x.json")
+	for i := range 3 {
+		if err := statedir.WriteJSON(path, map[string]int{"n": i}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var got map[string]int
+	if err := statedir.ReadJSON(path, &got); err != nil || got["n"] != 2 {
+		t.Errorf("read back %v, %v", got, err)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 1 {
+		t.Errorf("%d files are left, %v", len(entries), err)
+	}
+	if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", st.Mode(), err)
+	}
+}

@@ -1,0 +1,40 @@
+// Package build makes the real programs for tests that run them.
+package build
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+)
+
+// Programs builds pyro and pyro-agent into dir, as make build does, with the
+// race detector in pyro if race is set. The go command's cache makes this quick
+// from the second time on.
+func Programs(dir string, race bool) error {
+	_, self, _, ok := runtime.Caller(0)
+	if !ok {
+		return fmt.Errorf("cannot tell where the sources are")
+	}
+	root := filepath.Dir(filepath.Dir(filepath.Dir(self)))
+	for _, p := range []struct {
+		name string
+		race bool
+	}{{"pyro", race}, {"pyro-agent", false}} {
+		args := []string{"build", "-trimpath"}
+		cgo := "CGO_ENABLED=0"
+		if p.race {
+			args, cgo = append(args, "-race"), "CGO_ENABLED=1"
+		} else {
+			args = append(args, "-ldflags=-s -w")
+		}
+		cmd := exec.Command("go", append(args, "-o", filepath.Join(dir, p.name), "./cmd/"+p.name)...)
+		cmd.Dir = root
+		cmd.Env = append(os.Environ(), cgo)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("building %s: %w\n%s", p.name, err, out)
+		}
+	}
+	return nil
+}
