@@ -23,7 +23,7 @@ const hashBlock = 64 << 10
 // behind its offset, and of the size at the end (both 8 bytes, little-endian).
 // Whether zeros are stored or are holes makes no difference. progress, if not
 // nil, hears the offset reached.
-func HashFile(ctx context.Context, f *os.File, progress func(offset int64)) (string, error) {
+func HashFile(ctx context.Context, f *os.File) (string, error) {
 	fi, err := f.Stat()
 	if err != nil {
 		return "", err
@@ -60,9 +60,6 @@ func HashFile(ctx context.Context, f *os.File, progress func(offset int64)) (str
 			}
 			pos += int64(len(block))
 			b = b[len(block):]
-		}
-		if progress != nil {
-			progress(pos)
 		}
 	}
 	binary.LittleEndian.PutUint64(word[:], uint64(size))

@@ -135,7 +135,7 @@ func verifyFile(ctx context.Context, path string, want *File, full bool) (restam
 	if stamp == want.Stamp && !full {
 		return false, nil
 	}
-	sum, err := HashFile(ctx, f, nil)
+	sum, err := HashFile(ctx, f)
 	if err != nil {
 		return false, fmt.Errorf("checking %s: %w", want.Path, err)
 	}

@@ -142,8 +142,8 @@ func (s *Store) build(ctx context.Context, in Install, base string, progress fun
 	if err := in.Build(ctx, b); err != nil {
 		return nil, explainFull(err, s.dir)
 	}
-	progress(api.Progress{Phase: "verifying", Message: "verifying"})
-	h, err := s.publish(ctx, in, b, progress)
+	progress(api.Progress{Phase: "verifying", Message: "writing to the disk and verifying"})
+	h, err := s.publish(ctx, in, b)
 	if err != nil {
 		return nil, explainFull(fmt.Errorf("installing %s %q: %w", s.noun, in.Name, err), s.dir)
 	}
@@ -182,7 +182,7 @@ func (s *Store) clean(ctx context.Context, in Install, b *Build, all bool) error
 }
 
 // publish makes what Build left in b.Out the artifact that in.Name means.
-func (s *Store) publish(ctx context.Context, in Install, b *Build, progress func(api.Progress)) (*Held, error) {
+func (s *Store) publish(ctx context.Context, in Install, b *Build) (*Held, error) {
 	m := Manifest{Properties: b.Properties, Created: time.Now().UTC().Truncate(time.Second)}
 	err := filepath.WalkDir(b.Out, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -191,9 +191,7 @@ func (s *Store) publish(ctx context.Context, in Install, b *Build, progress func
 		if d.IsDir() {
 			return nil
 		}
-		file, err := seal(ctx, b.Out, path, func(offset int64) {
-			progress(api.Progress{Phase: "verifying", Message: "verifying", Done: offset})
-		})
+		file, err := seal(ctx, b.Out, path)
 		m.Files = append(m.Files, file)
 		return err
 	})
@@ -249,7 +247,7 @@ func (s *Store) writeRef(in Install, digest string) error {
 }
 
 // seal makes a built file read-only and durable, and describes it.
-func seal(ctx context.Context, root, path string, progress func(int64)) (File, error) {
+func seal(ctx context.Context, root, path string) (File, error) {
 	rel, err := filepath.Rel(root, path)
 	if err != nil {
 		return File{}, err
@@ -269,7 +267,7 @@ func seal(ctx context.Context, root, path string, progress func(int64)) (File, e
 	if err := f.Chmod(0o400); err != nil {
 		return File{}, err
 	}
-	sum, err := HashFile(ctx, f, progress)
+	sum, err := HashFile(ctx, f)
 	if err != nil {
 		return File{}, err
 	}

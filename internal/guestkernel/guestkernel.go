@@ -16,6 +16,7 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/artifact"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/mmdebstrap"
 )
 
 // Options configures a Store.
@@ -40,7 +41,7 @@ type Options struct {
 type Store struct {
 	opts      Options
 	artifacts *artifact.Store
-	log       *slog.Logger
+	tool      mmdebstrap.Tool
 }
 
 // Open makes the store's directory if it is not there.
@@ -52,17 +53,25 @@ func Open(opts Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Store{opts: opts, artifacts: artifacts, log: opts.Logger}, nil
+	return &Store{
+		opts:      opts,
+		artifacts: artifacts,
+		tool: mmdebstrap.Tool{
+			Path:    opts.Mmdebstrap,
+			Mirror:  opts.DebianMirror,
+			TempDir: opts.TempDir,
+			Logger:  opts.Logger,
+		},
+	}, nil
 }
 
 // A Kernel is a guest kernel that was checked and will not be removed until
 // Close.
 type Kernel struct {
 	engine.Kernel
-	// Digest is "" for a kernel of the user's own.
 	Digest string
-	// Lock holds the kernel, and is nil for one of the user's own. A child
-	// process that inherits it holds the kernel too, also after Close here.
+	// Lock holds the kernel. A child process that inherits it holds the kernel
+	// too, also after Close here.
 	Lock *os.File
 }
 
@@ -75,10 +84,6 @@ func (k *Kernel) Close() error {
 	k.Lock = nil
 	return err
 }
-
-// name is what the store calls its one artifact; the major Debian release is
-// in it because the modules' ABI and the boot protocol follow that.
-const name = "debian:12-cloud"
 
 const (
 	imageFile    = "vmlinux"
@@ -100,17 +105,34 @@ func (s *Store) Installed() bool {
 // installed one is checked: at little cost unless somebody touched it. A
 // damaged one is fetched again. progress may be nil.
 func (s *Store) Use(ctx context.Context, progress func(api.Progress)) (*Kernel, error) {
-	if s.opts.Image != "" {
-		return own(s.opts.Image, s.opts.ModulesDir)
-	}
-	held, err := s.artifacts.Acquire(ctx, name)
-	if errors.Is(err, api.ErrNotFound) || errors.Is(err, api.ErrDamaged) {
-		held, err = s.install(ctx, progress)
-	}
+	held, err := s.hold(ctx, progress)
 	if err != nil {
 		return nil, fmt.Errorf("getting the guest kernel: %w", err)
 	}
 	return newKernel(held)
+}
+
+func (s *Store) hold(ctx context.Context, progress func(api.Progress)) (*artifact.Held, error) {
+	if s.opts.Image != "" {
+		return s.useOwn(ctx, progress)
+	}
+	held, err := s.artifacts.Acquire(ctx, name)
+	if errors.Is(err, api.ErrNotFound) || errors.Is(err, api.ErrDamaged) {
+		return s.install(ctx, progress)
+	}
+	return held, err
+}
+
+// Prune removes kernels that are no longer used by any new machine and that
+// nobody holds, and what broken-off installs have left. inUse are the digests
+// that saved machines need.
+func (s *Store) Prune(ctx context.Context, inUse []string) (api.PruneResult, error) {
+	pruned, err := s.artifacts.Prune(ctx, inUse, s.tool.Clean)
+	out := api.PruneResult{Removed: []string{}, FreedBytes: pruned.FreedBytes}
+	for _, what := range pruned.Removed {
+		out.Removed = append(out.Removed, "guest kernel "+what)
+	}
+	return out, err
 }
 
 func newKernel(held *artifact.Held) (*Kernel, error) {
