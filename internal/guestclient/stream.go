@@ -35,6 +35,9 @@ func (f *frames) next(first time.Duration) (guestproto.FrameType, []byte, error)
 		// Read as a frame, plain JSON would announce an absurd length.
 		f.any = true
 		if b, err := f.peek(); err == nil && b == '{' {
+			if err := f.src.earlyError(); err != nil {
+				return 0, nil, err
+			}
 			return 0, nil, plainPeer()
 		}
 	}

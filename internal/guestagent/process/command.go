@@ -1,0 +1,184 @@
+package process
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Runner starts commands.
+type Runner struct {
+	Reaper *Reaper
+	// Workload holds the commands' control groups; nil means trees are found
+	// through /proc.
+	Workload *Workload
+
+	active active
+}
+
+// A Spec says what to run.
+type Spec struct {
+	Argv []string // Argv[0] is looked up on the PATH of Env
+	Env  []string
+	Dir  string
+	// Files become the command's stdin, stdout and stderr. The caller keeps
+	// and closes its own.
+	Files [3]*os.File
+	// Terminal says that Files[0] is a terminal, to become the controlling one.
+	Terminal bool
+}
+
+// A Command is one running command with everything it started.
+type Command struct {
+	*Child
+	tree tree
+}
+
+// Start starts a command in a session of its own. A program that does not
+// exist is fs.ErrNotExist, one that cannot be executed fs.ErrPermission or
+// syscall.ENOEXEC: shells call them 127 and 126.
+func (r *Runner) Start(spec Spec) (*Command, error) {
+	path, err := lookPath(spec.Argv[0], spec.Dir, spec.Env)
+	if err != nil {
+		return nil, err
+	}
+	id, err := newID()
+	if err != nil {
+		return nil, err
+	}
+	attr := &syscall.ProcAttr{
+		Dir: spec.Dir,
+		Env: slices.Clone(spec.Env),
+		Sys: &syscall.SysProcAttr{Setsid: true},
+	}
+	for _, f := range spec.Files {
+		attr.Files = append(attr.Files, f.Fd())
+	}
+	if spec.Terminal {
+		attr.Sys.Setctty, attr.Sys.Ctty = true, 0
+	}
+	c := &Command{}
+	var inProc *procTree
+	if r.Workload != nil {
+		t, err := newCgroupTree(r.Workload, id)
+		if err != nil {
+			return nil, err
+		}
+		c.tree = t
+	} else {
+		inProc = newProcTree(r.Reaper, &r.active, id)
+		c.tree = inProc
+	}
+	c.tree.prepare(attr)
+	child, err := r.Reaper.start(path, spec.Argv, attr)
+	if err != nil {
+		c.tree.remove()
+		return nil, &os.PathError{Op: "exec", Path: spec.Argv[0], Err: err}
+	}
+	c.Child = child
+	if inProc != nil {
+		inProc.began(child.PID)
+	}
+	return c, nil
+}
+
+// Signal sends sig to the command's process group, if it still runs.
+func (c *Command) Signal(sig syscall.Signal) { c.Child.signal(sig, true) }
+
+// Terminate ends the whole tree: TERM, and KILL for what is left after grace.
+// It reports whether nothing is left.
+func (c *Command) Terminate(grace time.Duration) bool {
+	c.tree.signal(syscall.SIGTERM)
+	// A stopped process gets its TERM only when it continues.
+	c.tree.signal(syscall.SIGCONT)
+	waitFor(grace, c.tree.empty)
+	return c.tree.kill()
+}
+
+// Kill ends the whole tree at once and reports whether nothing is left.
+func (c *Command) Kill() bool { return c.tree.kill() }
+
+// Quiet reports whether nothing of the tree runs any more.
+func (c *Command) Quiet() bool { return c.tree.empty() }
+
+// OOMKilled reports whether the kernel killed part of the tree because the
+// workload's memory was used up. Always false without a Workload.
+func (c *Command) OOMKilled() bool { return c.tree.oomKilled() }
+
+// Release gives up what the command holds. Call it once, last, after the tree
+// was killed.
+func (c *Command) Release() { c.tree.remove() }
+
+func newID() (string, error) {
+	var b [8]byte
+	if _, err := rand.Read(b[:]); err != nil {
+		return "", fmt.Errorf("drawing an id: %w", err)
+	}
+	return hex.EncodeToString(b[:]), nil
+}
+
+// lookPath finds the program as execvp(3) would in dir with this environment.
+func lookPath(name, dir string, env []string) (string, error) {
+	if name == "" {
+		return "", &os.PathError{Op: "exec", Path: name, Err: fs.ErrNotExist}
+	}
+	if strings.Contains(name, "/") {
+		return name, checkProgram(name, dir)
+	}
+	var path string
+	for _, v := range env { // the last one counts
+		if value, ok := strings.CutPrefix(v, "PATH="); ok {
+			path = value
+		}
+	}
+	var found error = &os.PathError{Op: "exec", Path: name, Err: fs.ErrNotExist}
+	for _, d := range filepath.SplitList(path) {
+		if d == "" {
+			d = "."
+		}
+		p := d + "/" + name
+		err := checkProgram(p, dir)
+		if err == nil {
+			return p, nil
+		}
+		if errors.Is(err, fs.ErrPermission) {
+			found = err
+		}
+	}
+	return "", found
+}
+
+func checkProgram(path, dir string) error {
+	full := path
+	if !filepath.IsAbs(full) {
+		full = filepath.Join(dir, full)
+	}
+	fi, err := os.Stat(full)
+	switch {
+	case err != nil:
+		if errors.Is(err, syscall.ENOTDIR) {
+			err = fs.ErrNotExist
+		}
+		var pe *os.PathError
+		if errors.As(err, &pe) {
+			err = pe.Err
+		}
+		return &os.PathError{Op: "exec", Path: path, Err: err}
+	case fi.IsDir():
+		return &os.PathError{Op: "exec", Path: path, Err: fs.ErrPermission}
+	}
+	if err := unix.Access(full, unix.X_OK); err != nil {
+		return &os.PathError{Op: "exec", Path: path, Err: fs.ErrPermission}
+	}
+	return nil
+}

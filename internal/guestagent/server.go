@@ -1,0 +1,309 @@
+package guestagent
+
+import (
+	"bufio"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/guestagent/process"
+	"github.com/pyro-mcp/pyro/internal/guestproto"
+)
+
+const (
+	// maxConnections is how many requests are served at once; more are told
+	// that the agent is busy.
+	maxConnections = 1024
+	// requestTimeout is how long a request line may take. It is generous
+	// because an emulated guest may be very busy.
+	requestTimeout = 60 * time.Second
+	// lingerTimeout is how long a caller may take to read an answer and hang
+	// up once the agent has nothing more to do.
+	lingerTimeout = 60 * time.Second
+	// maxLinger bounds what is read, and thrown away, of a caller that goes on
+	// sending after the answer.
+	maxLinger = 1 << 30
+)
+
+// Config says how a Server works.
+type Config struct {
+	Version string
+	// Root is the directory that guest paths are resolved below; "/" in a
+	// guest.
+	Root   string
+	Runner *process.Runner
+	Logger *slog.Logger
+	// InheritEnv gives commands the agent's own PATH, HOME and USER instead of
+	// a guest's usual ones.
+	InheritEnv bool
+	// PowerOff ends the guest, or this process. It is called once, after the
+	// reply to a shutdown, with the grace that the workload is to have.
+	PowerOff func(grace time.Duration)
+}
+
+// A Server answers requests.
+type Server struct {
+	Config
+	bootID   string
+	active   atomic.Int64
+	wg       sync.WaitGroup
+	shutdown sync.Once
+}
+
+// NewServer returns a server with a boot id of its own.
+func NewServer(c Config) (*Server, error) {
+	var id [16]byte
+	if _, err := rand.Read(id[:]); err != nil {
+		return nil, api.Errorf(api.ErrInternal, "drawing a boot id: %w", err)
+	}
+	return &Server{Config: c, bootID: hex.EncodeToString(id[:])}, nil
+}
+
+// An Acceptor is where connections come from: a net.Listener or a multiplexed
+// session.
+type Acceptor interface {
+	Accept() (net.Conn, error)
+}
+
+// Serve answers every connection of a in a goroutine of its own until Accept
+// fails, and returns why; the connections go on. Their requests end with ctx.
+func (s *Server) Serve(ctx context.Context, a Acceptor) error {
+	for {
+		c, err := a.Accept()
+		if err != nil {
+			var temporary interface{ Temporary() bool }
+			if errors.As(err, &temporary) && temporary.Temporary() && ctx.Err() == nil {
+				select {
+				case <-time.After(20 * time.Millisecond): // out of descriptors
+					continue
+				case <-ctx.Done():
+				}
+			}
+			return err
+		}
+		s.wg.Go(func() { s.Handle(ctx, c) })
+	}
+}
+
+// Wait returns when no request is being served any more.
+func (s *Server) Wait() { s.wg.Wait() }
+
+// Handle serves one connection to its end and closes it. A panic in it ends
+// the connection, not the agent.
+func (s *Server) Handle(ctx context.Context, c net.Conn) {
+	defer c.Close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	// A caller that must be hung up on is, also while a Read or Write waits.
+	defer context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })()
+	q := &request{server: s, conn: c, done: make(chan struct{})}
+	defer close(q.done)
+	q.r = bufio.NewReaderSize(c, 16<<10)
+	defer func() {
+		if v := recover(); v != nil {
+			s.Logger.Error("a request made the guest agent panic", "panic", v, "stack", string(debug.Stack()))
+			q.fail(api.Errorf(api.ErrInternal, "the guest agent met a fault of its own: %v", v))
+		}
+		q.linger()
+	}()
+	if s.active.Add(1) > maxConnections {
+		s.active.Add(-1)
+		q.fail(api.Errorf(api.ErrBusy, "the guest agent serves %d requests already", maxConnections))
+		return
+	}
+	defer s.active.Add(-1)
+	if err := q.serve(ctx); err != nil {
+		q.fail(err)
+	}
+}
+
+// A request is one connection's request and the means to answer it.
+type request struct {
+	server *Server
+	conn   net.Conn
+	r      *bufio.Reader
+	done   chan struct{} // closed when the connection is over
+
+	stream   bool // answer in frames
+	writeMu  sync.Mutex
+	answered bool // the last answer was sent
+	gone     bool // the caller has hung up: nothing more to say
+}
+
+func (q *request) serve(ctx context.Context) error {
+	_ = q.conn.SetReadDeadline(time.Now().Add(requestTimeout))
+	line, err := guestproto.ReadLine(q.r, guestproto.MaxLine)
+	if err != nil {
+		if !errors.Is(err, api.ErrDamaged) {
+			q.gone = true // hung up, or never said anything
+			return nil
+		}
+		return api.Errorf(api.ErrInvalid, "reading the request: %w", err)
+	}
+	_ = q.conn.SetReadDeadline(time.Time{})
+	var env guestproto.Envelope
+	if err := decodeRequest(line, &env); err != nil {
+		return err
+	}
+	if env.Version > guestproto.Version {
+		return api.WithHint(api.Errorf(api.ErrUnsupported,
+			"the request needs protocol version %d, the guest agent speaks %d", env.Version, guestproto.Version),
+			"install pyro and pyro-agent of the same release, then start the workspace anew")
+	}
+	q.stream = env.Stream
+	switch env.Action {
+	case guestproto.ActionHello:
+		return q.reply(q.server.hello())
+	case guestproto.ActionExec, "":
+		return q.exec(ctx, line)
+	case guestproto.ActionExtractArchive:
+		return q.extract(ctx, line)
+	case guestproto.ActionExportArchive:
+		return q.export(ctx, line)
+	case guestproto.ActionShutdown:
+		return q.shutdown(line)
+	case guestproto.ActionOpenShell, guestproto.ActionReadShell, guestproto.ActionWriteShell,
+		guestproto.ActionSignalShell, guestproto.ActionCloseShell:
+		return api.Errorf(api.ErrUnsupported, "this guest agent has no shells")
+	case guestproto.ActionStartService, guestproto.ActionStatusService,
+		guestproto.ActionLogsService, guestproto.ActionStopService:
+		return api.Errorf(api.ErrUnsupported, "this guest agent has no services")
+	}
+	return api.Errorf(api.ErrUnsupported, "the guest agent does not know the action %q", env.Action)
+}
+
+// decodeRequest decodes strictly; every fault is the caller's.
+func decodeRequest(line []byte, v any, required ...string) error {
+	if err := guestproto.Decode(line, v, required...); err != nil {
+		return api.Errorf(api.ErrInvalid, "reading the request: %w", err)
+	}
+	return nil
+}
+
+func (s *Server) hello() guestproto.Hello {
+	h := guestproto.Hello{
+		Protocol:     guestproto.Version,
+		AgentVersion: s.Version,
+		BootID:       s.bootID,
+		Capabilities: []string{
+			guestproto.CapExecStream, guestproto.CapArchiveStream, guestproto.CapShutdown, guestproto.CapTTY,
+		},
+	}
+	var u unix.Utsname
+	if unix.Uname(&u) == nil {
+		h.Kernel = unix.ByteSliceToString(u.Release[:])
+	}
+	return h
+}
+
+func (q *request) shutdown(line []byte) error {
+	var req guestproto.Shutdown
+	if err := decodeRequest(line, &req); err != nil {
+		return err
+	}
+	const maxGrace = 10 * 60 * 1000
+	if req.GraceMS < 0 || req.GraceMS > maxGrace {
+		return api.Errorf(api.ErrInvalid, "a grace of %d ms is not between 0 and %d", req.GraceMS, maxGrace)
+	}
+	if err := q.reply(guestproto.ShutdownReply{OK: true}); err != nil {
+		return err
+	}
+	s := q.server
+	s.shutdown.Do(func() {
+		go func() {
+			// The caller has the answer before everything goes, unless it
+			// takes its time.
+			select {
+			case <-q.done:
+			case <-time.After(farewell):
+			}
+			s.PowerOff(time.Duration(req.GraceMS) * time.Millisecond)
+		}()
+	})
+	return nil
+}
+
+// farewell is how long the answer to a shutdown may take to be read.
+const farewell = 2 * time.Second
+
+// reply sends the one last answer, as a line or as FrameResult.
+func (q *request) reply(v any) error {
+	line, err := guestproto.Encode(v)
+	if err != nil {
+		return err
+	}
+	if q.stream {
+		return q.last(guestproto.FrameResult, line[:len(line)-1])
+	}
+	return q.lastLine(line)
+}
+
+// fail sends err as the last answer, unless one was sent or nobody listens.
+func (q *request) fail(err error) {
+	if q.answered || q.gone {
+		return
+	}
+	w := api.ToWire(err)
+	if q.stream {
+		if line, e := guestproto.Encode(w); e == nil {
+			_ = q.last(guestproto.FrameError, line[:len(line)-1])
+		}
+		return
+	}
+	if line, e := guestproto.Encode(guestproto.ErrorReply{Error: w.Message, Code: w.Code, Hint: w.Hint}); e == nil {
+		_ = q.lastLine(line)
+	}
+}
+
+func (q *request) last(t guestproto.FrameType, payload []byte) error {
+	_ = q.conn.SetWriteDeadline(time.Now().Add(lingerTimeout))
+	q.answered = true
+	return q.frame(t, payload)
+}
+
+func (q *request) lastLine(line []byte) error {
+	_ = q.conn.SetWriteDeadline(time.Now().Add(lingerTimeout))
+	q.answered = true
+	_, err := q.conn.Write(line)
+	return err
+}
+
+// frame sends one frame. It may be called concurrently.
+func (q *request) frame(t guestproto.FrameType, payload []byte) error {
+	q.writeMu.Lock()
+	defer q.writeMu.Unlock()
+	return guestproto.WriteFrame(q.conn, t, payload)
+}
+
+// linger makes sure that the caller can read the answer: a connection closed
+// with unread bytes in it may take the answer along.
+func (q *request) linger() {
+	if q.gone {
+		return
+	}
+	q.hangUp()
+	_ = q.conn.SetReadDeadline(time.Now().Add(lingerTimeout))
+	_, _ = io.Copy(io.Discard, io.LimitReader(q.conn, maxLinger))
+}
+
+// hangUp ends the agent's side of the connection. Safe to call twice.
+func (q *request) hangUp() {
+	if w, ok := q.conn.(interface{ CloseWrite() error }); ok {
+		_ = w.CloseWrite()
+	}
+}
+
+// errGone says that the caller has hung up.
+var errGone = fmt.Errorf("the caller has hung up: %w", api.ErrCanceled)

@@ -1,0 +1,231 @@
+package guestagent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pyro-mcp/pyro/internal/guestconn"
+	"github.com/pyro-mcp/pyro/internal/guestproto"
+)
+
+// A source brings connections to the server until ctx ends or it fails.
+type source func(context.Context, *Server, *slog.Logger) error
+
+// TokenVariable is where the agent finds the token that it shows a host it
+// dials. It is removed from the environment before any command runs.
+const TokenVariable = "PYRO_AGENT_TOKEN"
+
+// openSource opens what the options name, so that a wrong name is known at once.
+func openSource(o options) (source, error) {
+	if o.dial != "" {
+		token := os.Getenv(TokenVariable)
+		if err := os.Unsetenv(TokenVariable); err != nil {
+			return nil, err
+		}
+		if token == "" || strings.ContainsAny(token, "\r\n") || len(token) > 256 {
+			return nil, fmt.Errorf("--dial needs a token of one line in %s", TokenVariable)
+		}
+		return dialHost(strings.TrimPrefix(o.dial, "unix:"), token), nil
+	}
+	l, err := openListener(o.listen)
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context, s *Server, logger *slog.Logger) error {
+		return guestconn.HandleHybrid(ctx, l, func(ctx context.Context, r *guestconn.HybridRequest) {
+			if r.Port != guestproto.Port {
+				_ = r.Conn.Close() // nobody listens on that port
+				return
+			}
+			if err := r.Accept(); err != nil {
+				_ = r.Conn.Close()
+				return
+			}
+			s.Handle(ctx, r.Conn)
+		}, logger)
+	}, nil
+}
+
+func openListener(name string) (net.Listener, error) {
+	if path, ok := strings.CutPrefix(name, "unix:"); ok {
+		return guestconn.ListenUnix(path)
+	}
+	number, ok := strings.CutPrefix(name, "fd:")
+	if !ok {
+		return nil, fmt.Errorf("--listen %s: want unix:PATH or fd:N", name)
+	}
+	fd, err := strconv.Atoi(number)
+	if err != nil || fd < 3 {
+		return nil, fmt.Errorf("--listen %s: want the number of an inherited descriptor from 3 on", name)
+	}
+	f := os.NewFile(uintptr(fd), name)
+	defer f.Close()
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil, fmt.Errorf("--listen %s: descriptor %d is not a listening socket: %w", name, fd, err)
+	}
+	return l, nil
+}
+
+// redial bounds the pause between two attempts to reach the host, which hangs
+// up on purpose before it saves the sandbox and listens again after.
+const (
+	redialMin = 10 * time.Millisecond
+	redialMax = 250 * time.Millisecond
+)
+
+// dialHost connects to the host's socket, shows the token and serves a
+// multiplexed session, again and again.
+func dialHost(path, token string) source {
+	return func(ctx context.Context, s *Server, logger *slog.Logger) error {
+		pause := redialMin
+		for ctx.Err() == nil {
+			began := time.Now()
+			if err := dialOnce(ctx, path, token, s); err != nil {
+				logger.Debug("serving the host", "err", err)
+			}
+			if time.Since(began) > time.Second {
+				pause = redialMin
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(pause):
+			}
+			pause = min(2*pause, redialMax)
+		}
+		return nil
+	}
+}
+
+func dialOnce(ctx context.Context, path, token string, s *Server) error {
+	c, err := guestconn.DialUnix(ctx, path)
+	if err != nil {
+		return err
+	}
+	if _, err := io.WriteString(c, token+"\n"); err != nil {
+		_ = c.Close()
+		return err
+	}
+	return serveMux(ctx, c, s)
+}
+
+// serveMux serves one multiplexed session to its end.
+func serveMux(ctx context.Context, pipe io.ReadWriteCloser, s *Server) error {
+	m, err := guestconn.NewMux(ctx, pipe, guestconn.Guest)
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	defer context.AfterFunc(ctx, func() { _ = m.Close() })()
+	return s.Serve(ctx, m)
+}
+
+// serveChannels serves a machine's host by every way there is: the virtio port
+// named "agent" and AF_VSOCK. It returns only if there is none.
+func serveChannels(ctx context.Context, s *Server, logger *slog.Logger) error {
+	ways := 0
+	if l, err := guestconn.ListenVsock(guestproto.Port); err == nil {
+		ways++
+		go func() {
+			if err := s.Serve(ctx, l); err != nil {
+				logger.Error("serving AF_VSOCK", "err", err)
+			}
+		}()
+	}
+	port, err := openPort()
+	if err != nil && ways == 0 {
+		return fmt.Errorf("looking for a way to the host: %w, and AF_VSOCK is not there either", err)
+	}
+	fmt.Fprintln(os.Stderr, "pyro-agent: ready")
+	if err != nil {
+		select {}
+	}
+	return servePort(ctx, port, s, logger)
+}
+
+// portName is the name that the host gives the guest's channel.
+const portName = "agent"
+
+// openPort finds the virtio-serial port of that name by sysfs and opens it,
+// waiting a little for its driver.
+func openPort() (*os.File, error) {
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		names, _ := filepath.Glob("/sys/class/virtio-ports/*/name")
+		for _, file := range names {
+			data, err := os.ReadFile(file)
+			if err != nil || strings.TrimSpace(string(data)) != portName {
+				continue
+			}
+			dev := "/dev/" + filepath.Base(filepath.Dir(file))
+			f, err := os.OpenFile(dev, os.O_RDWR|unix.O_NONBLOCK, 0)
+			if err == nil {
+				return f, nil
+			}
+			if !errors.Is(err, os.ErrNotExist) {
+				return nil, fmt.Errorf("opening the virtio port %q: %w", portName, err)
+			}
+		}
+		if len(names) == 0 || time.Now().After(deadline) {
+			return nil, fmt.Errorf("there is no virtio port named %q", portName)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// hostPoll is how often the agent looks whether a host has connected. Without
+// one every read of the port ends at once, and poll(2) reports POLLHUP at once
+// (port_fops_poll in drivers/char/virtio_console.c), so nothing can be waited
+// for.
+const hostPoll = 20 * time.Millisecond
+
+// servePort serves one host after another on the port, which stays open: a
+// second open would be refused until the first is really closed.
+func servePort(ctx context.Context, port *os.File, s *Server, logger *slog.Logger) error {
+	defer port.Close()
+	for ctx.Err() == nil {
+		if !hostConnected(port) {
+			select {
+			case <-ctx.Done():
+			case <-time.After(hostPoll):
+			}
+			continue
+		}
+		_ = port.SetDeadline(time.Time{})
+		if err := serveMux(ctx, portSession{port}, s); err != nil {
+			logger.Debug("serving the host", "err", err)
+		}
+	}
+	return ctx.Err()
+}
+
+func hostConnected(port *os.File) bool {
+	raw, err := port.SyscallConn()
+	if err != nil {
+		return false
+	}
+	connected := false
+	_ = raw.Control(func(fd uintptr) {
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		_, err := unix.Poll(fds, 0)
+		connected = err == nil && fds[0].Revents&unix.POLLHUP == 0
+	})
+	return connected
+}
+
+// portSession is one session's use of the port: closing it ends what waits in
+// it and leaves the port open.
+type portSession struct{ *os.File }
+
+func (p portSession) Close() error { return p.SetDeadline(time.Unix(1, 0)) }
