@@ -21,8 +21,7 @@ const hashBlock = 64 << 10
 // really holds: an image of 8 GiB with 500 MB in it is read for 500 MB. It is
 // the SHA-256, in hexadecimal, of every 64 KiB block that is not all zero, each
 // behind its offset, and of the size at the end (both 8 bytes, little-endian).
-// Whether zeros are stored or are holes makes no difference. progress, if not
-// nil, hears the offset reached.
+// Whether zeros are stored or are holes makes no difference.
 func HashFile(ctx context.Context, f *os.File) (string, error) {
 	fi, err := f.Stat()
 	if err != nil {

@@ -75,6 +75,8 @@ func (l *log) line(s string) {
 		l.report(api.Progress{Phase: "lists", Message: "reading Debian's package lists"})
 	case strings.HasPrefix(s, "I: creating tarball"):
 		l.report(api.Progress{Phase: "writing", Message: "writing the image"})
+	case strings.HasPrefix(s, "I: extracting archives"):
+		l.report(api.Progress{Phase: "installing", Message: "unpacking the first packages", Total: l.packages})
 	case newPackages.MatchString(s):
 		l.packages, _ = strconv.ParseInt(newPackages.FindStringSubmatch(s)[1], 10, 64)
 		l.fetched, l.unpacked, l.setUp = 0, 0, 0

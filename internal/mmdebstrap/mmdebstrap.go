@@ -119,12 +119,15 @@ func (t *Tool) Run(ctx context.Context, b *artifact.Build, job Job) error {
 	// A process that has left the group could keep the pipe open.
 	stop := context.AfterFunc(ctx, func() { stdout.Close() })
 	defer stop()
-	consumeErr := job.Consume(ctx, bufio.NewReaderSize(stdout, 1<<20))
+	stream := &endReader{r: stdout}
+	consumeErr := job.Consume(ctx, bufio.NewReaderSize(stream, 1<<20))
 	if consumeErr == nil {
 		// The end of the archive is two zero blocks; tar pads behind them.
-		_, consumeErr = io.Copy(io.Discard, stdout)
+		_, consumeErr = io.Copy(io.Discard, stream)
 	}
-	if consumeErr != nil && !errors.Is(consumeErr, io.ErrUnexpectedEOF) {
+	// After the stream's end the tool is done or has failed by itself, and why
+	// it failed is better known from what it says than from what is missing.
+	if consumeErr != nil && !stream.ended {
 		cancel(consumeErr)
 	}
 	select {
@@ -140,6 +143,18 @@ func (t *Tool) Run(ctx context.Context, b *artifact.Build, job Job) error {
 		return log.explain(waitErr)
 	}
 	return consumeErr
+}
+
+// An endReader notes that its reader has come to its end.
+type endReader struct {
+	r     io.Reader
+	ended bool
+}
+
+func (e *endReader) Read(p []byte) (int, error) {
+	n, err := e.r.Read(p)
+	e.ended = e.ended || errors.Is(err, io.EOF)
+	return n, err
 }
 
 // Clean removes what a job in the frame of b may have left, whatever state it
@@ -191,7 +206,9 @@ func (t *Tool) arguments(job Job) []string {
 		"--skip=essential/unlink",
 		// The hook runs inside the job's mount namespace. apt continues a
 		// half-downloaded file and takes a whole one after checking its hash.
-		`--setup-hook=mkdir -p "$1/var/cache/apt/archives" && mount --bind . "$1/var/cache/apt/archives"`,
+		// The directory is made there so that it belongs to the (mapped) root:
+		// the package apt sets its owner and time.
+		`--setup-hook=mkdir -p debs "$1/var/cache/apt/archives" && mount --no-canonicalize --bind debs "$1/var/cache/apt/archives"`,
 	}
 	if len(job.Include) > 0 {
 		args = append(args, "--include="+strings.Join(job.Include, ","))
