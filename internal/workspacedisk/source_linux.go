@@ -90,3 +90,8 @@ func fcntlLock(f *os.File, cmd int, lock *unix.Flock_t) error {
 		}
 	}
 }
+
+// punchHole frees a stretch of f, which then reads as zeros.
+func punchHole(f *os.File, off, length int64) error {
+	return unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, length)
+}

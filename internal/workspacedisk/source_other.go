@@ -18,3 +18,7 @@ func probeExclusive(f *os.File) error { return noLocks(f) }
 func noLocks(f *os.File) error {
 	return api.Errorf(api.ErrUnsupported, "whether a machine uses %s cannot be told on this system", f.Name())
 }
+
+func punchHole(f *os.File, _, _ int64) error {
+	return api.Errorf(api.ErrUnsupported, "holes cannot be made in %s on this system", f.Name())
+}

@@ -72,20 +72,6 @@ func (f *File) ReadAt(p []byte, off int64) (int, error) {
 	return done, eof
 }
 
-// DataEnd returns the end of the stretch that starts at off and whether it is
-// a hole; the stretch ends at the end of the file at the latest.
-func (f *File) DataEnd(off int64) (end int64, hole bool, err error) {
-	if f.inline != nil {
-		return f.ino.Size, false, nil
-	}
-	bs := int64(f.fs.sb.blockSize)
-	r, err := f.fs.mapBlock(f.ino, uint64(off/bs))
-	if err != nil {
-		return 0, false, err
-	}
-	return min(f.ino.Size, off-off%bs+int64(r.count)*bs), r.hole, nil
-}
-
 // ReadLink returns the target of a symlink: Size bytes, not checked further
 // than that none is NUL.
 func (fs *FS) ReadLink(ino *Inode) (string, error) {

@@ -107,8 +107,8 @@ func (fs *FS) inodeTable(g uint64) (uint64, error) {
 	sb := fs.sb
 	perBlock := uint64(sb.blockSize / sb.descSize)
 	meta := g / perBlock // which block of descriptors
-	at := uint64(sb.firstDataBlock) + 1 + meta
-	if sb.incompat&incompatMetaBG != 0 && meta >= uint64(sb.firstMetaBG) {
+	at := sb.descriptors() + meta
+	if sb.incompat&incompatMetaBG != 0 && meta >= uint64(sb.firstMetaBG) && meta > 0 {
 		first := meta * perBlock // the group that holds this descriptor block
 		at = uint64(sb.firstDataBlock) + first*uint64(sb.blocksPerGroup)
 		if sb.hasBackup(first) {

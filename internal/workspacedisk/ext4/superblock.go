@@ -124,18 +124,20 @@ func readSuperblock(r io.ReaderAt, size int64) (*superblock, error) {
 	return sb, sb.check(size)
 }
 
+// descriptors returns the first block of group descriptors: the one after the
+// superblock's, whatever the first data block is (0 with bigalloc).
+func (sb *superblock) descriptors() uint64 {
+	return superblockOffset/uint64(sb.blockSize) + 1
+}
+
 // check verifies that the numbers of the superblock agree with each other and
 // with the device's size.
 func (sb *superblock) check(size int64) error {
 	bs := uint64(sb.blockSize)
-	wantFirst := uint32(0)
-	if bs == 1024 {
-		wantFirst = 1
-	}
 	switch {
 	case sb.blocks > uint64(size)/bs:
 		return damaged("the filesystem of %d blocks of %d bytes is larger than its image of %d bytes", sb.blocks, bs, size)
-	case sb.firstDataBlock > 1 || sb.firstDataBlock < wantFirst && sb.blocks > 1:
+	case sb.firstDataBlock > 1:
 		return damaged("the superblock gives %d as its first data block", sb.firstDataBlock)
 	case uint64(sb.firstDataBlock) >= sb.blocks:
 		return damaged("the filesystem has no data blocks")
