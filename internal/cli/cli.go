@@ -72,7 +72,7 @@ func Main(args []string, s Streams) int {
 	}
 	var sig signalError
 	if errors.As(context.Cause(ctx), &sig) && errors.Is(err, context.Canceled) {
-		a.printError(api.WithHint(api.Errorf(api.ErrCanceled, "interrupted; everything is cleaned up"), ""))
+		a.printError(api.Errorf(api.ErrCanceled, "ended by %s; everything is cleaned up", sig))
 		return exitSignal + int(sig.Signal)
 	}
 	var usage usageError
@@ -108,7 +108,8 @@ type usageError struct{ error }
 // signalError is the cause of a context that a signal ended.
 type signalError struct{ syscall.Signal }
 
-func (s signalError) Error() string { return s.String() }
+func (s signalError) Error() string        { return s.String() }
+func (s signalError) Is(target error) bool { return target == context.Canceled }
 
 // cancelOnSignal ends the context on the first INT, TERM or HUP, so that the
 // command can clean up, and the process on the second.

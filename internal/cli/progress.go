@@ -3,41 +3,48 @@ package cli
 import (
 	"fmt"
 	"io"
+	"os"
 	"sync"
 	"time"
 
-	"golang.org/x/term"
-	"os"
-
 	"github.com/dustin/go-humanize"
+	"golang.org/x/term"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/boundedlog"
 )
 
 // progress shows long work on stderr: one line that is rewritten on a terminal,
-// plain lines elsewhere. On a fast path (a guest that is up at once) a plain
-// stderr stays clean: the phases of a second's work are not worth a line.
+// plain lines elsewhere. Plain lines begin only when the work has taken a
+// while: who runs a hundred commands does not want to hear of every guest that
+// started in a second.
 type progress struct {
 	mu       sync.Mutex
 	w        io.Writer
 	off      bool
 	terminal bool
-	drawn    bool
-	last     map[string]shown // by phase
+	drawn    bool // a line stands on the terminal
+
+	began   time.Time
+	pending string           // the newest plain line that came too early
+	timer   *time.Timer      // prints it
+	last    map[string]shown // by phase
 }
 
 type shown struct {
-	message string
 	at      time.Time
 	percent int64
 }
 
-// plainEvery is how often a phase that only counts gets a plain line.
-const plainEvery = 5 * time.Second
+const (
+	// plainAfter is how long work must take to be worth a plain line.
+	plainAfter = 4 * time.Second
+	// plainEvery is how often a phase gets another plain line.
+	plainEvery = 5 * time.Second
+)
 
 func (a *app) newProgress() *progress {
-	return &progress{w: a.Err, off: a.quiet, terminal: isTerminal(a.Err), last: map[string]shown{}}
+	return &progress{w: a.Err, off: a.quiet, terminal: isTerminal(a.Err), began: time.Now(), last: map[string]shown{}}
 }
 
 func (p *progress) show(s api.Progress) {
@@ -60,15 +67,39 @@ func (p *progress) show(s api.Progress) {
 		p.draw(text)
 		return
 	}
-	was, known := p.last[s.Phase]
-	now := time.Now()
-	if known && was.message == text && (now.Sub(was.at) < plainEvery || was.percent == percent) {
-		return
-	}
-	p.last[s.Phase] = shown{text, now, percent}
-	if percent > 0 {
+	if percent >= 0 {
 		text = fmt.Sprintf("%s  %d%%", text, percent)
 	}
+	if s.Phase == "note" {
+		p.plain(text)
+		return
+	}
+	if early := plainAfter - time.Since(p.began); early > 0 {
+		if p.pending = text; p.timer == nil {
+			p.timer = time.AfterFunc(early, p.late)
+		}
+		return
+	}
+	was, known := p.last[s.Phase]
+	now := time.Now()
+	if known && (now.Sub(was.at) < plainEvery || was.percent == percent && percent >= 0) {
+		return
+	}
+	p.last[s.Phase] = shown{now, percent}
+	p.plain(text)
+}
+
+// late prints what was held back, now that the work does take a while.
+func (p *progress) late() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.pending != "" && !p.off {
+		p.plain(p.pending)
+	}
+	p.pending = ""
+}
+
+func (p *progress) plain(text string) {
 	p.erase()
 	fmt.Fprintf(p.w, "pyro: %s\n", text)
 }
@@ -97,18 +128,16 @@ func (p *progress) erase() {
 	}
 }
 
-// clear takes the line off the terminal.
+// clear takes the line off the terminal and forgets what was held back.
 func (p *progress) clear() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.pending = ""
 	p.erase()
 }
 
 // before returns a writer that clears the line before anything else is written.
 func (p *progress) before(w io.Writer) io.Writer {
-	if !p.terminal {
-		return w
-	}
 	return writerFunc(func(b []byte) (int, error) {
 		p.clear()
 		return w.Write(b)

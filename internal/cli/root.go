@@ -14,6 +14,8 @@ host: virtual machines with their own kernel, with or without KVM.
 Start with:  pyro run debian:12 -- git --version
 If it does not work:  pyro doctor`,
 		Version:       Version,
+		Args:          args(cobra.NoArgs),
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		CompletionOptions: cobra.CompletionOptions{

@@ -103,6 +103,8 @@ func (s *Server) Wait() { s.wg.Wait() }
 // Handle serves one connection to its end and closes it. A panic in it ends
 // the connection, not the agent.
 func (s *Server) Handle(ctx context.Context, c net.Conn) {
+	s.wg.Add(1)
+	defer s.wg.Done()
 	defer c.Close()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

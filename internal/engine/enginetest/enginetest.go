@@ -183,7 +183,7 @@ func testExec(t *testing.T, s Subject) {
 		}
 	})
 	t.Run("Devices", func(t *testing.T) {
-		g.sh(t, "test -c /dev/null && test -c /dev/urandom && test -e /dev/ptmx && test -d /dev/pts && echo x > /tmp/probe && test -d /proc/self")
+		g.sh(t, "test -c /dev/null && test -c /dev/urandom && test -e /dev/ptmx && test -d /dev/pts && rm $(mktemp) && test -d /proc/self")
 	})
 }
 
@@ -301,7 +301,7 @@ func testStopKeepsDisk(t *testing.T, s Subject) {
 	dir := t.TempDir()
 	same := func(spec *engine.MachineSpec) { spec.Dir = dir }
 	g := Boot(t, s, same)
-	g.sh(t, "echo kept > /workspace/note; ln -s note /workspace/link")
+	g.sh(t, "echo kept > note; ln -s note link")
 	if err := g.Client.Shutdown(g.within(t, 10*time.Second), time.Second); err != nil {
 		t.Fatal(err)
 	}
@@ -313,7 +313,7 @@ func testStopKeepsDisk(t *testing.T, s Subject) {
 		t.Fatal(err)
 	}
 	g = Boot(t, s, same)
-	if got := g.sh(t, "cat /workspace/link"); got != "kept\n" {
+	if got := g.sh(t, "cat link"); got != "kept\n" {
 		t.Errorf("after stop and start: %q", got)
 	}
 }
