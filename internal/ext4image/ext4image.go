@@ -107,9 +107,13 @@ func New(f *os.File, opts Options) (*Writer, error) {
 	}
 	w.resizeBlock = run[0].start
 
-	w.root = &node{inode: rootInode, mode: modeDir | 0o755, mtime: opts.Time, children: map[string]*node{}}
+	made := opts.Time
+	if !opts.ClampAfter.IsZero() {
+		made = opts.ClampAfter.Add(1) // not from the input, so to be clamped
+	}
+	w.root = &node{inode: rootInode, mode: modeDir | 0o755, mtime: made, children: map[string]*node{}}
 	w.root.parent = w.root
-	w.lostFound = &node{inode: lostFoundInode, mode: modeDir | 0o700, mtime: opts.Time, children: map[string]*node{}, parent: w.root}
+	w.lostFound = &node{inode: lostFoundInode, mode: modeDir | 0o700, mtime: made, children: map[string]*node{}, parent: w.root}
 	w.root.children["lost+found"] = w.lostFound
 	return w, nil
 }
@@ -287,6 +291,5 @@ func (w *Writer) clampTimes() {
 			n.mtime = latest
 		}
 	})
-	w.lostFound.mtime = latest
 	w.opts.Time = latest
 }
