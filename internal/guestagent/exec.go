@@ -140,6 +140,10 @@ func (s *Server) workDir(cwd string) (string, error) {
 	return dir, nil
 }
 
+// MachineVariable marks every process of an agent that runs without isolation,
+// if the agent has it: by that the host finds what a killed agent left running.
+const MachineVariable = "PYRO_MACHINE"
+
 // defaultCwd is where commands run unless they say otherwise.
 const defaultCwd = "/workspace"
 
@@ -152,7 +156,7 @@ func (s *Server) environ(req *guestproto.ExecRequest, dir string) []string {
 		"PWD":  dir,
 	}
 	if s.InheritEnv {
-		for _, name := range []string{"PATH", "HOME", "USER"} {
+		for _, name := range []string{"PATH", "HOME", "USER", MachineVariable} {
 			if v, ok := os.LookupEnv(name); ok {
 				env[name] = v
 			}

@@ -63,7 +63,7 @@ type Status struct {
 	Kernel    string     `json:"kernel"`
 	// Exited says why the machine has ended by itself, "" while it runs.
 	Exited string `json:"exited,omitempty"`
-	PIDs      []int      `json:"pids"`
+	PIDs   []int  `json:"pids"`
 	// Notes are sentences for the user, such as that KVM was given up.
 	Notes []string `json:"notes,omitempty"`
 }

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/engine/host"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 	"github.com/pyro-mcp/pyro/internal/statedir"
 )
@@ -91,6 +93,11 @@ func removeMachine(ctx context.Context, dir statedir.Machine) error {
 			if err := id.KillLadder(ctx, 0); err != nil {
 				return err
 			}
+		}
+	}
+	if rec.Engine == engine.HostName {
+		if err := hostproc.KillMarked(ctx, host.Marker(dir.ID())); err != nil {
+			return err
 		}
 	}
 	if err := os.RemoveAll(dir.Path()); err != nil {

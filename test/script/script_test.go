@@ -274,7 +274,7 @@ func leftovers(state string) []string {
 		if p == fmt.Sprintf("/proc/%d", os.Getpid()) {
 			continue
 		}
-		if b, err := os.ReadFile(p + "/cmdline"); err == nil && (strings.Contains(string(b), state) || strings.Contains(string(b), "776655")) {
+		if b, err := os.ReadFile(p + "/cmdline"); err == nil && strings.Contains(string(b), state) {
 			left = append(left, p+" "+strings.ReplaceAll(string(b), "\x00", " "))
 			continue
 		}

@@ -25,6 +25,8 @@ func TestGuest(t *testing.T) {
 	m := start(t, e, newSpec(t))
 	for _, tt := range []struct{ name, command, want string }{
 		{"hostname", "hostname", "web\n"},
+		{"hosts", "cat /etc/hosts", "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\tweb\n"},
+		{"machine id", "{ read id; echo ${#id}; } </etc/machine-id", "32\n"},
 		{"root", "id -u", "0\n"},
 		{"environment", "cat /lower/dir/file", "from the environment\n"},
 		{"change", "touch /lower/dir/new && mv /lower/dir /lower/moved && ls /lower/moved", "file\nnew\n"},

@@ -22,6 +22,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/guestagent"
 	"github.com/pyro-mcp/pyro/internal/guestconn"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
@@ -65,6 +66,7 @@ func (Engine) Start(_ context.Context, spec engine.MachineSpec) (engine.Machine,
 	cmd := exec.Command(spec.AgentPath, "--listen", "fd:3", "--root", root)
 	cmd.ExtraFiles = []*os.File{listener}
 	cmd.Dir = root
+	cmd.Env = append(os.Environ(), Marker(spec.ID))
 	cmd.Stdout, cmd.Stderr = spec.Console, spec.Console
 	// A command that escapes its session holds our pipe open; do not wait for
 	// it once the agent is gone.
@@ -73,13 +75,14 @@ func (Engine) Start(_ context.Context, spec engine.MachineSpec) (engine.Machine,
 	if err := hostproc.StartTied(cmd); err != nil {
 		return nil, api.WithHint(fmt.Errorf("starting the guest agent: %w", err), "reinstall pyro, or name the agent with PYRO_AGENT")
 	}
-	m := &machine{cmd: cmd, socket: socket, log: cmp.Or(spec.Logger, slog.New(slog.DiscardHandler)), done: make(chan struct{})}
+	m := &machine{id: spec.ID, cmd: cmd, socket: socket, log: cmp.Or(spec.Logger, slog.New(slog.DiscardHandler)), done: make(chan struct{})}
 	go m.wait()
 	return m, nil
 }
 
 // machine implements [engine.Machine].
 type machine struct {
+	id     string
 	cmd    *exec.Cmd
 	socket string
 	log    *slog.Logger
@@ -142,8 +145,11 @@ func (m *machine) Stop(ctx context.Context, grace time.Duration) error {
 		}
 	}
 	<-m.done
-	return nil
+	return hostproc.KillMarked(context.WithoutCancel(ctx), Marker(m.id))
 }
+
+// Marker is the environment variable that every process of a machine inherits.
+func Marker(id string) string { return guestagent.MachineVariable + "=" + id }
 
 // PIDs implements [engine.Machine].
 func (m *machine) PIDs() []int { return []int{m.cmd.Process.Pid} }
