@@ -144,6 +144,9 @@ func (s *Server) workDir(cwd string) (string, error) {
 // if the agent has it: by that the host finds what a killed agent left running.
 const MachineVariable = "PYRO_MACHINE"
 
+// reapLimit is how long a command that was killed may take to be gone.
+const reapLimit = 10 * time.Second
+
 // defaultCwd is where commands run unless they say otherwise.
 const defaultCwd = "/workspace"
 
@@ -282,9 +285,12 @@ func (e *execution) finish(ctx context.Context, timeout time.Duration) (guestpro
 	if pumpErr != nil {
 		return guestproto.ExecReply{}, pumpErr
 	}
+	// A process leaves its tree when it has died, a moment before it is reaped.
+	reaped := time.NewTimer(reapLimit)
+	defer reaped.Stop()
 	select {
 	case <-e.cmd.Done():
-	default:
+	case <-reaped.C:
 		return guestproto.ExecReply{}, api.Errorf(api.ErrUnavailable, "the command cannot be killed: it hangs in the guest's kernel")
 	}
 	r := guestproto.ExecReply{

@@ -118,14 +118,18 @@ func NewClient(dir statedir.Machine) *Client {
 
 // Status asks what the machine is.
 func (c *Client) Status(ctx context.Context) (*Status, error) {
-	var s Status
-	return &s, c.call(ctx, http.MethodGet, pathStatus, &s)
+	s := new(Status)
+	if err := c.call(ctx, http.MethodGet, pathStatus, s); err != nil {
+		return nil, err
+	}
+	return s, nil
 }
 
 // Console returns the guest console's last lines.
 func (c *Client) Console(ctx context.Context) ([]string, error) {
 	var lines []string
-	return lines, c.call(ctx, http.MethodGet, pathConsole, &lines)
+	err := c.call(ctx, http.MethodGet, pathConsole, &lines)
+	return lines, err
 }
 
 // Postmortem returns why the machine has ended and the console's last lines;
