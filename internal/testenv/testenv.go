@@ -44,3 +44,7 @@ func required(list, what string) bool {
 	words := strings.FieldsFunc(list, func(r rune) bool { return r == ',' || r == ' ' })
 	return slices.Contains(words, what) || slices.Contains(words, "all")
 }
+
+// Wanted reports whether PYRO_TEST_REQUIRE lists what. It is for tests that
+// are too slow, or ask too much of others, to run unasked.
+func Wanted(what string) bool { return required(os.Getenv(Variable), what) }
