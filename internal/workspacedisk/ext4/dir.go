@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -41,13 +42,19 @@ const (
 // Names that no kernel would make (with a slash, NUL, or doubled dots) are
 // ErrDamaged. It does not look for duplicate names.
 func (fs *FS) ReadDir(ctx context.Context, dir *Inode, budget *Budget, fn func(Dirent) error) error {
-	if err := fs.readDir(ctx, dir, budget, fn); err != nil {
+	err := fs.scanDir(ctx, dir, budget, func(name []byte, inode uint32) error {
+		return fn(Dirent{Name: string(name), Inode: inode})
+	})
+	if err != nil {
 		return fmt.Errorf("reading the directory of inode %d: %w", dir.Number, err)
 	}
 	return nil
 }
 
-func (fs *FS) readDir(ctx context.Context, dir *Inode, budget *Budget, fn func(Dirent) error) error {
+// A direntFunc gets one entry; name is valid during the call only.
+type direntFunc func(name []byte, inode uint32) error
+
+func (fs *FS) scanDir(ctx context.Context, dir *Inode, budget *Budget, fn direntFunc) error {
 	if dir.flags&flagEncrypted != 0 {
 		return api.Errorf(api.ErrUnsupported, "it is encrypted")
 	}
@@ -94,7 +101,7 @@ func (fs *FS) readDir(ctx context.Context, dir *Inode, budget *Budget, fn func(D
 
 // readInlineDir reads a directory inside its inode: the parent's number, then
 // entries in the rest of i_block, then entries in system.data; without dots.
-func (fs *FS) readInlineDir(ctx context.Context, dir *Inode, budget *Budget, fn func(Dirent) error) error {
+func (fs *FS) readInlineDir(ctx context.Context, dir *Inode, budget *Budget, fn direntFunc) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -116,19 +123,29 @@ func (fs *FS) readInlineDir(ctx context.Context, dir *Inode, budget *Budget, fn 
 }
 
 // verifyDirBlock checks the checksum in the tail of a block of entries. Blocks
-// of the hash index have theirs elsewhere and hold no entry but the dots.
+// of the hash index have theirs elsewhere and hold no entry but the dots. A
+// tail counts only where a record begins: index blocks can hold the bytes of
+// the tail that they had as a leaf.
 func (fs *FS) verifyDirBlock(dir *Inode, blk []byte) error {
 	const tailLen = 12
 	if !fs.sb.hasMetaCsum() {
 		return nil
 	}
+	le := binary.LittleEndian
 	end := len(blk) - tailLen
-	tail := blk[end:]
+	pos := 0
+	for pos < end {
+		n := fs.recLen(le.Uint16(blk[pos+4:]))
+		if n < direntHeaderLen {
+			return nil // direntBlock refuses it
+		}
+		pos += n
+	}
 	// inode 0, record length 12, name length 0, type 0xDE
-	if !bytes.Equal(tail[:8], []byte{0, 0, 0, 0, tailLen, 0, 0, 0xDE}) {
+	if pos != end || !bytes.Equal(blk[end:end+8], []byte{0, 0, 0, 0, tailLen, 0, 0, 0xDE}) {
 		return nil
 	}
-	if got, want := crc32c(dir.seed, blk[:end]), binary.LittleEndian.Uint32(tail[8:]); got != want {
+	if got, want := crc32c(dir.seed, blk[:end]), le.Uint32(blk[end+8:]); got != want {
 		return damaged("a block's checksum is 0x%08x, not 0x%08x", got, want)
 	}
 	return nil
@@ -137,7 +154,7 @@ func (fs *FS) verifyDirBlock(dir *Inode, blk []byte) error {
 // direntBlock walks the entries of one block. Each record is at least as long
 // as its header, so the walk ends. dots says that the block may open with "."
 // and "..".
-func (fs *FS) direntBlock(blk []byte, dots bool, fn func(Dirent) error) error {
+func (fs *FS) direntBlock(blk []byte, dots bool, fn direntFunc) error {
 	le := binary.LittleEndian
 	for pos, index := 0, 0; pos < len(blk); index++ {
 		rest := blk[pos:]
@@ -164,7 +181,7 @@ func (fs *FS) direntBlock(blk []byte, dots bool, fn func(Dirent) error) error {
 		if isDots || nameLen == 0 || nameLen > maxNameLen || bytes.IndexByte(name, '/') >= 0 || bytes.IndexByte(name, 0) >= 0 {
 			return damaged("it holds the impossible name %q", name)
 		}
-		if err := fn(Dirent{Name: string(name), Inode: inode}); err != nil {
+		if err := fn(name, inode); err != nil {
 			return err
 		}
 	}
@@ -182,18 +199,21 @@ func (fs *FS) recLen(v uint16) int {
 
 // Lookup returns the inode number behind name in directory dir, or ok false.
 func (fs *FS) Lookup(ctx context.Context, dir *Inode, budget *Budget, name string) (inode uint32, ok bool, err error) {
-	err = fs.ReadDir(ctx, dir, budget, func(e Dirent) error {
-		if e.Name == name {
-			inode, ok = e.Inode, true
+	err = fs.scanDir(ctx, dir, budget, func(entry []byte, n uint32) error {
+		if string(entry) == name {
+			inode, ok = n, true
 			return errFound
 		}
 		return nil
 	})
-	if ok {
+	switch {
+	case ok:
 		return inode, true, nil
+	case err != nil:
+		return 0, false, fmt.Errorf("looking for %q in the directory of inode %d: %w", name, dir.Number, err)
 	}
-	return 0, false, err
+	return 0, false, nil
 }
 
 // errFound ends a scan early; it never leaves the package.
-var errFound = api.Errorf(api.ErrInternal, "found")
+var errFound = errors.New("found")

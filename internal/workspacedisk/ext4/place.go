@@ -54,3 +54,6 @@ func (fs *FS) InodePlace(n uint32) (off, length int64, err error) {
 	}
 	return int64(table)*fs.BlockSize() + in, length, nil
 }
+
+// ReadDevice fills p from byte off of the device, as it is after recovery.
+func (fs *FS) ReadDevice(p []byte, off int64) error { return readFull(fs.r, p, off) }
