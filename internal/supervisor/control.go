@@ -145,7 +145,7 @@ func (c *Client) Postmortem(ctx context.Context) (reason string, console []strin
 		}
 		if status.Exited != "" {
 			console, _ = c.Console(ctx)
-			return status.Exited, console[max(0, len(console)-8):]
+			return status.Exited, lastWords(console)
 		}
 		select {
 		case <-time.After(50 * time.Millisecond):

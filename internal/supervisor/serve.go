@@ -298,7 +298,7 @@ func (s *supervisor) bootError(eng engine.Engine, err error, exited string) erro
 	default:
 		text = "the guest did not come up: " + err.Error()
 	}
-	if tail := s.console.Tail(8); len(tail) > 0 {
+	if tail := lastWords(s.console.Tail(50)); len(tail) > 0 {
 		text += "; its console ends:\n  " + strings.Join(tail, "\n  ")
 	} else {
 		text += "; its console says nothing"
