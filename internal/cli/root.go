@@ -30,6 +30,7 @@ If it does not work:  pyro doctor`,
 		newRunCmd(a),
 		newEnvCmd(a),
 		newDoctorCmd(a),
+		newDiskCmd(a),
 		newManCmd(a),
 		newSuperviseCmd(a),
 	)

@@ -1,0 +1,236 @@
+package cli
+
+import (
+	"bufio"
+	"context"
+	"encoding/base64"
+	"fmt"
+	"strconv"
+
+	"github.com/dustin/go-humanize"
+	"github.com/spf13/cobra"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/boundedlog"
+	"github.com/pyro-mcp/pyro/internal/workspacedisk"
+)
+
+// diskOptions are those of all disk commands; each uses its part.
+type diskOptions struct {
+	image       string
+	format      string
+	path        string
+	recursive   bool
+	maxBytes    int64
+	contentOnly bool
+	output      string
+}
+
+// defaultDiskPath is the directory that a listing shows when none is named.
+const defaultDiskPath = "/workspace"
+
+func newDiskCmd(a *app) *cobra.Command {
+	cmd := group("disk", "Look into a disk image without starting it",
+		newDiskListCmd(a), newDiskReadCmd(a), newDiskExportCmd(a), newDiskScrubCmd(a))
+	cmd.Long = `These commands work on any raw or qcow2 image file with an ext4 filesystem, such
+as one that "pyro workspace disk export" wrote. The image may be hostile: nothing
+is mounted, and no other file that the image names is opened. An image that a
+running machine uses is refused.`
+	return cmd
+}
+
+// newDiskSub returns a disk command with the flag that all share.
+func newDiskSub(o *diskOptions, cmd *cobra.Command) *cobra.Command {
+	cmd.Flags().StringVar(&o.format, "format", string(workspacedisk.FormatAuto), "the image's format: raw, qcow2, or auto, which looks at its first bytes")
+	return cmd
+}
+
+func newDiskListCmd(a *app) *cobra.Command {
+	o := &diskOptions{}
+	cmd := newDiskSub(o, &cobra.Command{
+		Use: "list IMAGE [PATH]", Short: "List a directory of the image (default " + defaultDiskPath + ")",
+		Example: "  pyro disk list disk.ext4 / --recursive\n  pyro disk list disk.qcow2 /etc --json",
+		Args:    args(cobra.RangeArgs(1, 2)),
+		RunE: func(cmd *cobra.Command, given []string) error {
+			o.image, o.path = given[0], defaultDiskPath
+			if len(given) > 1 {
+				o.path = given[1]
+			}
+			return runDiskList(cmd.Context(), a, o)
+		},
+	})
+	cmd.Flags().BoolVarP(&o.recursive, "recursive", "r", false, "list all levels")
+	return cmd
+}
+
+func newDiskReadCmd(a *app) *cobra.Command {
+	o := &diskOptions{}
+	cmd := newDiskSub(o, &cobra.Command{
+		Use: "read IMAGE PATH", Short: "Print the beginning of a regular file of the image",
+		Example: "  pyro disk read disk.ext4 /etc/os-release\n  pyro disk read disk.ext4 /var/log/dpkg.log --max-bytes 10000000 --content-only > dpkg.log",
+		Args:    args(cobra.ExactArgs(2)),
+		RunE: func(cmd *cobra.Command, given []string) error {
+			o.image, o.path = given[0], given[1]
+			if a.json && o.contentOnly {
+				return usageError{api.Errorf(api.ErrInvalid, "--content-only and --json exclude each other")}
+			}
+			return runDiskRead(cmd.Context(), a, o)
+		},
+	})
+	cmd.Flags().Int64Var(&o.maxBytes, "max-bytes", 65536, "read at most this many bytes")
+	cmd.Flags().BoolVar(&o.contentOnly, "content-only", false, "print the file's bytes as they are and nothing else")
+	return cmd
+}
+
+func newDiskExportCmd(a *app) *cobra.Command {
+	o := &diskOptions{}
+	cmd := newDiskSub(o, &cobra.Command{
+		Use: "export IMAGE", Short: "Write the image's filesystem to a new raw ext4 image",
+		Long: `Export writes a raw, sparse ext4 image. It appears only when it is complete. If
+the machine that used the disk was killed, the copy's journal is recovered; the
+runtime paths of pyro (/run/pyro-secrets, /run/pyro-services, /run/pyro-shells)
+are scrubbed from it.`,
+		Example: "  pyro disk export disk.qcow2 --output disk.ext4",
+		Args:    args(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, given []string) error {
+			o.image = given[0]
+			if o.output == "" {
+				return usageError{api.Errorf(api.ErrInvalid, "--output is required")}
+			}
+			return runDiskExport(cmd.Context(), a, o)
+		},
+	})
+	cmd.Flags().StringVarP(&o.output, "output", "o", "", "the file to write; it must not exist")
+	return cmd
+}
+
+func newDiskScrubCmd(a *app) *cobra.Command {
+	o := &diskOptions{}
+	return newDiskSub(o, &cobra.Command{
+		Use: "scrub IMAGE", Short: "Remove pyro's runtime paths from the image, with their data",
+		Long: `Scrub removes /run/pyro-secrets, /run/pyro-services and /run/pyro-shells, wipes
+what they held, and recovers the journal, so that no later mount brings them
+back. It works on a copy that takes the image's place when it is proven clean.`,
+		Example: "  pyro disk scrub disk.ext4",
+		Args:    args(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, given []string) error {
+			o.image = given[0]
+			return runDiskScrub(cmd.Context(), a, o)
+		},
+	})
+}
+
+func (o *diskOptions) source() workspacedisk.Source {
+	return workspacedisk.Source{Path: o.image, Format: workspacedisk.Format(o.format)}
+}
+
+func (o *diskOptions) open(ctx context.Context) (*workspacedisk.Disk, error) {
+	return workspacedisk.Open(ctx, o.source(), workspacedisk.Options{})
+}
+
+func runDiskList(ctx context.Context, a *app, o *diskOptions) error {
+	d, err := o.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer d.Close() //nolint:errcheck // nothing was written
+	list, err := d.List(ctx, o.path, o.recursive)
+	if err != nil {
+		return err
+	}
+	if a.json {
+		return a.printJSON(list)
+	}
+	return a.printEntries(list.Entries)
+}
+
+// printEntries prints a listing for people: names made printable.
+func (a *app) printEntries(entries []api.DiskEntry) error {
+	w := bufio.NewWriter(a.Out)
+	for _, e := range entries {
+		line := fmt.Sprintf("%-9s %12s  %s", e.ArtifactType, strconv.FormatInt(e.SizeBytes, 10), boundedlog.Printable(e.Path))
+		if e.LinkTarget != nil {
+			line += " -> " + boundedlog.Printable(*e.LinkTarget)
+		}
+		fmt.Fprintln(w, line)
+	}
+	return w.Flush()
+}
+
+func runDiskRead(ctx context.Context, a *app, o *diskOptions) error {
+	d, err := o.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer d.Close() //nolint:errcheck // nothing was written
+	if o.contentOnly {
+		_, _, err := d.CopyFile(ctx, a.Out, o.path, o.maxBytes)
+		return err
+	}
+	r, err := d.Read(ctx, o.path, o.maxBytes)
+	if err != nil {
+		return err
+	}
+	if a.json {
+		return a.printJSON(r)
+	}
+	return a.printDiskRead(r)
+}
+
+// printDiskRead prints a file's content on stdout and a record on stderr. On a
+// terminal, control characters of the guest's are made visible.
+func (a *app) printDiskRead(r *api.DiskRead) error {
+	content := []byte(r.Content)
+	if r.ContentBase64 != "" {
+		var err error
+		if content, err = base64.StdEncoding.DecodeString(r.ContentBase64); err != nil {
+			return err
+		}
+	}
+	out := a.Out
+	if isTerminal(a.Out) {
+		out = &terminalFilter{to: a.Out}
+	}
+	if _, err := out.Write(content); err != nil {
+		return err
+	}
+	if n := len(content); n > 0 && content[n-1] != '\n' && isTerminal(a.Out) {
+		fmt.Fprintln(a.Out)
+	}
+	fmt.Fprintf(a.Err, "[disk-read] path=%s size_bytes=%d truncated=%t\n", boundedlog.Printable(r.Path), r.SizeBytes, r.Truncated)
+	return nil
+}
+
+func runDiskExport(ctx context.Context, a *app, o *diskOptions) error {
+	d, err := o.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer d.Close() //nolint:errcheck // nothing was written through it
+	res, err := d.Export(ctx, o.output)
+	if err != nil {
+		return err
+	}
+	if a.json {
+		return a.printJSON(res)
+	}
+	_, err = fmt.Fprintf(a.Out, "wrote %s (%s, %s)\n", res.OutputPath, res.DiskFormat, humanize.IBytes(uint64(res.BytesWritten)))
+	return err
+}
+
+func runDiskScrub(ctx context.Context, a *app, o *diskOptions) error {
+	res, err := workspacedisk.Scrub(ctx, o.source(), workspacedisk.Limits{})
+	if err != nil {
+		return err
+	}
+	if a.json {
+		return a.printJSON(res)
+	}
+	for _, p := range res.Removed {
+		fmt.Fprintf(a.Out, "removed %s\n", p)
+	}
+	if len(res.Removed) == 0 {
+		fmt.Fprintln(a.Out, "nothing to remove")
+	}
+	return nil
+}
