@@ -1,0 +1,163 @@
+package qcow2_test
+
+import (
+	"bytes"
+	"compress/gzip"
+	"encoding/binary"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/workspacedisk/qcow2"
+)
+
+func load(t testing.TB, path string) []byte {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	z, err := gzip.NewReader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := io.ReadAll(z)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+var images = []string{"plain", "zlib", "zstd", "v2"}
+
+// TestImages compares each image with the raw one that it was made from.
+func TestImages(t *testing.T) {
+	want := load(t, "../ext4/testdata/extents.gz")
+	for _, name := range images {
+		t.Run(name, func(t *testing.T) {
+			data := load(t, filepath.Join("testdata", name+".gz"))
+			img, err := qcow2.Open(bytes.NewReader(data), int64(len(data)), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, img.Size())
+			if _, err := img.ReadAt(got, 0); err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(got, want) {
+				t.Error("the content differs from the raw image's")
+			}
+			// In odd pieces it is the same.
+			got, err = io.ReadAll(io.NewSectionReader(img, 777, img.Size()))
+			if err != nil || !bytes.Equal(got, want[777:]) {
+				t.Errorf("in pieces the content differs: %v", err)
+			}
+			zeros := 0
+			for off := int64(0); off < img.Size(); {
+				end, zero, err := img.NextData(off)
+				if err != nil || end <= off {
+					t.Fatalf("NextData(%d) = %d, %v", off, end, err)
+				}
+				if zero {
+					zeros++
+					if len(bytes.Trim(want[off:end], "\x00")) > 0 {
+						t.Errorf("bytes %d to %d are data, not zeros", off, end)
+					}
+				}
+				off = end
+			}
+			if zeros == 0 {
+				t.Error("no holes at all")
+			}
+		})
+	}
+}
+
+func TestRefused(t *testing.T) {
+	be := binary.BigEndian
+	tests := []struct {
+		name   string
+		change func(b []byte)
+		class  error
+	}{
+		{"no magic number", func(b []byte) { b[0] = 'X' }, api.ErrUnsupported},
+		{"version 4", func(b []byte) { be.PutUint32(b[4:], 4) }, api.ErrUnsupported},
+		{"encryption", func(b []byte) { be.PutUint32(b[32:], 1) }, api.ErrUnsupported},
+		{"tiny clusters", func(b []byte) { be.PutUint32(b[20:], 8) }, api.ErrDamaged},
+		{"huge clusters", func(b []byte) { be.PutUint32(b[20:], 63) }, api.ErrDamaged},
+		{"an impossible size", func(b []byte) { be.PutUint64(b[24:], 1<<62) }, api.ErrDamaged},
+		{"more disk than L1 entries", func(b []byte) { be.PutUint64(b[24:], 1<<40) }, api.ErrDamaged},
+		{"a huge L1 table", func(b []byte) { be.PutUint32(b[36:], ^uint32(0)) }, api.ErrDamaged},
+		{"an L1 table outside", func(b []byte) { be.PutUint64(b[40:], 1<<40) }, api.ErrDamaged},
+		{"an L1 table that wraps", func(b []byte) { be.PutUint64(b[40:], ^uint64(511)) }, api.ErrDamaged},
+		{"a backing name outside", func(b []byte) { be.PutUint64(b[8:], 1<<40); be.PutUint32(b[16:], 5) }, api.ErrDamaged},
+		{"a long backing name", func(b []byte) { be.PutUint64(b[8:], 600); be.PutUint32(b[16:], 5000) }, api.ErrDamaged},
+		{"marked corrupt", func(b []byte) { b[79] |= 2 }, api.ErrDamaged},
+		{"an external data file", func(b []byte) { b[79] |= 4 }, api.ErrUnsupported},
+		{"extended L2", func(b []byte) { b[79] |= 16 }, api.ErrUnsupported},
+		{"an unknown feature", func(b []byte) { b[78] |= 1 }, api.ErrUnsupported},
+		{"unknown compression", func(b []byte) { b[79] |= 8; b[104] = 7 }, api.ErrUnsupported},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			data := load(t, "testdata/plain.gz")
+			tt.change(data)
+			if _, err := qcow2.Open(bytes.NewReader(data), int64(len(data)), nil); !errors.Is(err, tt.class) {
+				t.Errorf("got %v, want class %q", err, api.Code(tt.class))
+			}
+		})
+	}
+}
+
+// raw is a backing layer in memory.
+type raw []byte
+
+func (r raw) Size() int64                             { return int64(len(r)) }
+func (r raw) ReadAt(p []byte, off int64) (int, error) { return bytes.NewReader(r).ReadAt(p, off) }
+
+// FuzzImage reads arbitrary images, with and without something beneath.
+func FuzzImage(f *testing.F) {
+	for _, name := range images {
+		data := load(f, filepath.Join("testdata", name+".gz"))
+		f.Add(data[:min(len(data), 40<<10)])
+	}
+	backing := raw(bytes.Repeat([]byte("backing "), 1000))
+	buf := make([]byte, 10_000)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		start := time.Now()
+		for _, below := range []qcow2.Layer{nil, backing} {
+			img, err := qcow2.Open(bytes.NewReader(data), int64(len(data)), below)
+			if err != nil {
+				typed(t, err)
+				return
+			}
+			step := max(1, img.Size()/20)
+			for off := int64(0); off < img.Size(); off += step {
+				if _, err := img.ReadAt(buf, off); err != nil && err != io.EOF {
+					typed(t, err)
+				}
+				end, _, err := img.NextData(off)
+				if err != nil {
+					typed(t, err)
+				} else if end <= off || end > img.Size() {
+					t.Errorf("NextData(%d) = %d", off, end)
+				}
+			}
+		}
+		if took := time.Since(start); took > 5*time.Second {
+			t.Errorf("took %v", took)
+		}
+	})
+}
+
+func typed(t *testing.T, err error) {
+	t.Helper()
+	if !errors.Is(err, api.ErrDamaged) && !errors.Is(err, api.ErrUnsupported) {
+		t.Errorf("an error without a class: %v", err)
+	}
+}
