@@ -41,7 +41,7 @@ func (q *request) start(req *guestproto.ExecRequest, out sink, in *input) (*exec
 		}
 		mine, theirs = append(mine, master), append(theirs, slave)
 		spec.Files, spec.Terminal = [3]*os.File{slave, slave, slave}, true
-		e.outputs[0] = &output{f: master}
+		e.outputs[0] = &output{f: master, keep: true}
 		in.terminal = master
 		in.f = master
 	} else {

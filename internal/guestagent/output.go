@@ -23,6 +23,9 @@ var chunks = sync.Pool{New: func() any { return new([outputChunk]byte) }}
 type output struct {
 	f        *os.File
 	flushing atomic.Bool
+	// keep says that the end of the output is not the end of f. Closing a
+	// terminal sends SIGHUP to a command that has only closed its own side.
+	keep bool
 }
 
 // newPipe returns a pipe whose parent end waits in the runtime's poller and
@@ -52,7 +55,9 @@ func (o *output) close() { _ = o.f.Close() }
 
 // pump delivers an output until it ends.
 func (o *output) pump(stream int, s sink) error {
-	defer o.f.Close()
+	if !o.keep {
+		defer o.f.Close()
+	}
 	buf := chunks.Get().(*[outputChunk]byte)
 	defer chunks.Put(buf)
 	for {

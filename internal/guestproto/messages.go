@@ -22,11 +22,11 @@ const (
 
 // Envelope is what every request line has in common.
 type Envelope struct {
-	Action string `json:"action,omitempty"`
+	Action string `json:"action,omitzero"`
 	// Stream asks for the streaming form.
-	Stream bool `json:"stream,omitempty"`
+	Stream bool `json:"stream,omitzero"`
 	// Version is the lowest protocol version that the caller needs; 0 for any.
-	Version int `json:"version,omitempty"`
+	Version int `json:"version,omitzero"`
 }
 
 // Hello is the reply to ActionHello, which takes no parameters.
@@ -42,18 +42,18 @@ type Hello struct {
 type ExecRequest struct {
 	Envelope
 	// Command is run by sh -c. Argv is run as it stands, Argv[0] by PATH.
-	Command string   `json:"command,omitempty"`
-	Argv    []string `json:"argv,omitempty"`
+	Command string   `json:"command,omitzero"`
+	Argv    []string `json:"argv,omitzero"`
 	// TimeoutSeconds ends the command's whole process tree; 0 means none.
-	TimeoutSeconds float64           `json:"timeout_seconds,omitempty"`
-	Env            map[string]string `json:"env,omitempty"`
+	TimeoutSeconds float64           `json:"timeout_seconds,omitzero"`
+	Env            map[string]string `json:"env,omitzero"`
 	// Cwd defaults to /workspace where that exists, else /.
-	Cwd string `json:"cwd,omitempty"`
+	Cwd string `json:"cwd,omitzero"`
 	// Stdin says that FrameStdin frames will follow (streaming form only);
 	// without it the command reads end of file at once.
-	Stdin bool `json:"stdin,omitempty"`
+	Stdin bool `json:"stdin,omitzero"`
 	// TTY runs the command on a terminal of this size (streaming form only).
-	TTY *Resize `json:"tty,omitempty"`
+	TTY *Resize `json:"tty,omitzero"`
 }
 
 // ExecReply is the plain reply, and without the outputs the FrameResult.
@@ -62,10 +62,10 @@ type ExecReply struct {
 	Stderr          string `json:"stderr"`
 	ExitCode        int    `json:"exit_code"`
 	DurationMS      int64  `json:"duration_ms"`
-	TimedOut        bool   `json:"timed_out,omitempty"`
-	OOMKilled       bool   `json:"oom_killed,omitempty"`
-	StdoutTruncated bool   `json:"stdout_truncated,omitempty"`
-	StderrTruncated bool   `json:"stderr_truncated,omitempty"`
+	TimedOut        bool   `json:"timed_out,omitzero"`
+	OOMKilled       bool   `json:"oom_killed,omitzero"`
+	StdoutTruncated bool   `json:"stdout_truncated,omitzero"`
+	StderrTruncated bool   `json:"stderr_truncated,omitzero"`
 }
 
 // Started is the payload of FrameStarted.
@@ -90,7 +90,7 @@ type Signal struct {
 type ExtractArchive struct {
 	Envelope
 	Destination string `json:"destination"`
-	ArchiveSize int64  `json:"archive_size,omitempty"`
+	ArchiveSize int64  `json:"archive_size,omitzero"`
 }
 
 // ExtractReply answers ExtractArchive.
@@ -122,7 +122,7 @@ type ExportHeader struct {
 type Shutdown struct {
 	Envelope
 	// GraceMS is how long the workload has between TERM and KILL.
-	GraceMS int64 `json:"grace_ms,omitempty"`
+	GraceMS int64 `json:"grace_ms,omitzero"`
 }
 
 // ShutdownReply acknowledges Shutdown.
@@ -134,8 +134,8 @@ type ShutdownReply struct {
 // another make sends Error alone.
 type ErrorReply struct {
 	Error string `json:"error"`
-	Code  string `json:"code,omitempty"`
-	Hint  string `json:"hint,omitempty"`
+	Code  string `json:"code,omitzero"`
+	Hint  string `json:"hint,omitzero"`
 }
 
 // Err returns the reply as an error of its class. A reply without a code is

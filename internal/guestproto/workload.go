@@ -18,10 +18,10 @@ type Shell struct {
 type OpenShell struct {
 	Envelope
 	ShellID string            `json:"shell_id"`
-	Cwd     string            `json:"cwd,omitempty"`
-	Cols    uint16            `json:"cols,omitempty"`
-	Rows    uint16            `json:"rows,omitempty"`
-	Env     map[string]string `json:"env,omitempty"`
+	Cwd     string            `json:"cwd,omitzero"`
+	Cols    uint16            `json:"cols,omitzero"`
+	Rows    uint16            `json:"rows,omitzero"`
+	Env     map[string]string `json:"env,omitzero"`
 }
 
 // ReadShell reads a shell's output from Cursor on, at most MaxChars characters.
@@ -29,7 +29,7 @@ type ReadShell struct {
 	Envelope
 	ShellID  string `json:"shell_id"`
 	Cursor   int64  `json:"cursor"`
-	MaxChars int64  `json:"max_chars,omitempty"`
+	MaxChars int64  `json:"max_chars,omitzero"`
 }
 
 // ReadShellReply answers ReadShell.
@@ -85,10 +85,10 @@ type CloseShellReply struct {
 // field that is set.
 type Readiness struct {
 	Type    string `json:"type"` // file, tcp, http, command
-	Path    string `json:"path,omitempty"`
-	Address string `json:"address,omitempty"` // HOST:PORT
-	URL     string `json:"url,omitempty"`
-	Command string `json:"command,omitempty"`
+	Path    string `json:"path,omitzero"`
+	Address string `json:"address,omitzero"` // HOST:PORT
+	URL     string `json:"url,omitzero"`
+	Command string `json:"command,omitzero"`
 }
 
 // Service is what every service action answers with, alone or with more.
@@ -112,11 +112,11 @@ type StartService struct {
 	Envelope
 	ServiceName         string            `json:"service_name"`
 	Command             string            `json:"command"`
-	Cwd                 string            `json:"cwd,omitempty"`
-	Readiness           *Readiness        `json:"readiness,omitempty"`
-	ReadyTimeoutSeconds float64           `json:"ready_timeout_seconds,omitempty"`
-	ReadyIntervalMS     int64             `json:"ready_interval_ms,omitempty"`
-	Env                 map[string]string `json:"env,omitempty"`
+	Cwd                 string            `json:"cwd,omitzero"`
+	Readiness           *Readiness        `json:"readiness,omitzero"`
+	ReadyTimeoutSeconds float64           `json:"ready_timeout_seconds,omitzero"`
+	ReadyIntervalMS     int64             `json:"ready_interval_ms,omitzero"`
+	Env                 map[string]string `json:"env,omitzero"`
 }
 
 // NamedService is the request of status_service and stop_service.

@@ -175,10 +175,10 @@ func checkProgram(path, dir string) error {
 		}
 		return &os.PathError{Op: "exec", Path: path, Err: err}
 	case fi.IsDir():
-		return &os.PathError{Op: "exec", Path: path, Err: fs.ErrPermission}
+		return &os.PathError{Op: "exec", Path: path, Err: syscall.EACCES}
 	}
 	if err := unix.Access(full, unix.X_OK); err != nil {
-		return &os.PathError{Op: "exec", Path: path, Err: fs.ErrPermission}
+		return &os.PathError{Op: "exec", Path: path, Err: syscall.EACCES}
 	}
 	return nil
 }
