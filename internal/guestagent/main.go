@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pyro-mcp/pyro/internal/guestagent/boot"
 	"github.com/pyro-mcp/pyro/internal/guestagent/process"
 )
@@ -123,15 +125,27 @@ func runProcess(version string, o options, stderr io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("starting to collect processes: %w", err)
 	}
+	runner := &process.Runner{Reaper: reaper}
+	// The first process of a sandbox: a guest of its own, whose system lacks
+	// what a virtual machine gets at its boot.
+	sandbox := o.dial != "" && os.Getpid() == 1
+	if sandbox {
+		boot.PrepareSandbox()
+		if err := os.MkdirAll(defaultCwd, 0o755); err != nil {
+			logger.Warn("making the workspace", "err", err)
+		}
+		go runner.GuardMemory(ctx)
+		defer unix.Sync()
+	}
 	var once sync.Once
 	ended := make(chan struct{})
 	end := func() { once.Do(func() { close(ended) }) }
 	s, err := NewServer(Config{
 		Version:    version,
 		Root:       o.root,
-		Runner:     &process.Runner{Reaper: reaper},
+		Runner:     runner,
 		Logger:     logger,
-		InheritEnv: true,
+		InheritEnv: !sandbox,
 		PowerOff:   func(time.Duration) { end() },
 	})
 	if err != nil {

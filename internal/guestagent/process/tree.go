@@ -1,8 +1,11 @@
 package process
 
 import (
+	"maps"
 	"os"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -18,7 +21,7 @@ type tree interface {
 	kill() bool
 	// empty reports whether no member runs.
 	empty() bool
-	// oomKilled reports whether the kernel killed a member for want of memory.
+	// oomKilled reports whether a member was killed for want of memory.
 	oomKilled() bool
 	// remove gives up what the tree holds. Call it last.
 	remove()
@@ -50,6 +53,23 @@ func waitFor(limit time.Duration, done func() bool) bool {
 type active struct {
 	mu sync.Mutex
 	n  int
+	// trees are the commands' trees, for noteKilled.
+	trees map[*procTree]bool
+}
+
+// noteKilled tells the tree that pid belongs to that it loses a process for
+// want of memory. It takes every tree's look at /proc, while pid still runs.
+func (a *active) noteKilled(pid int) {
+	a.mu.Lock()
+	trees := slices.Collect(maps.Keys(a.trees))
+	a.mu.Unlock()
+	for _, t := range trees {
+		for _, e := range t.members() {
+			if e.pid == pid {
+				t.oom.Store(true)
+			}
+		}
+	}
 }
 
 func (a *active) add(d int) int {
@@ -67,6 +87,7 @@ type procTree struct {
 	main   int    // pid, which is the session and group too
 	since  uint64 // the main process's start
 	self   int
+	oom    atomic.Bool
 }
 
 func (t *procTree) prepare(attr *syscall.ProcAttr) {
@@ -140,12 +161,25 @@ func (t *procTree) kill() bool {
 }
 
 func (t *procTree) empty() bool     { return len(t.members()) == 0 }
-func (t *procTree) oomKilled() bool { return false }
-func (t *procTree) remove()         { t.active.add(-1) }
+func (t *procTree) oomKilled() bool { return t.oom.Load() }
+
+func (t *procTree) remove() {
+	t.active.add(-1)
+	t.active.mu.Lock()
+	defer t.active.mu.Unlock()
+	delete(t.active.trees, t)
+}
 
 func newProcTree(r *Reaper, a *active, id string) *procTree {
 	a.add(1)
-	return &procTree{reaper: r, active: a, marker: MarkerVariable + "=" + id, self: os.Getpid()}
+	t := &procTree{reaper: r, active: a, marker: MarkerVariable + "=" + id, self: os.Getpid()}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.trees == nil {
+		a.trees = map[*procTree]bool{}
+	}
+	a.trees[t] = true
+	return t
 }
 
 // MarkerVariable is in the environment of every command whose tree is found
