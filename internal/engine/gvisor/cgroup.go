@@ -24,11 +24,13 @@ const cgroupMount = "/sys/fs/cgroup"
 const cgroupPrefix = "pyro-"
 
 // Memory and tasks that the sandbox itself may use beyond what the guest was
-// given. An idle sentry and gofer take 60 MiB, after much file work 110 MiB.
+// given. An idle sentry and gofer take 60 MiB, after much file work 110 MiB; the
+// rest is what a guest can take before the guest agent, which watches its
+// memory, has killed the process that took it.
 // Tasks are the host's, several for each guest thread; a guest that runs into
 // the limit loses its whole sandbox, so it is only there to save the host.
 const (
-	sandboxOverheadMiB = 128
+	sandboxOverheadMiB = 256
 	maxHostTasks       = 16384
 )
 
