@@ -192,13 +192,19 @@ func (l *link) write(b []byte) error {
 	return err
 }
 
-// readReply reads to the connection's end, bounded, and decodes it.
+// readReply reads to the connection's end, bounded, and decodes it. The deadline
+// that is set holds for the first byte; the rest must follow within patience.
 func (l *link) readReply(reply any, required ...string) error {
+	if _, err := l.r.Peek(1); err == nil {
+		_ = l.conn.SetReadDeadline(time.Now().Add(l.patience))
+	}
 	data, err := io.ReadAll(io.LimitReader(l.r, guestproto.MaxReply+1))
 	if len(data) > guestproto.MaxReply {
 		return api.Errorf(api.ErrDamaged, "the guest's reply is longer than %d bytes", guestproto.MaxReply)
 	}
-	if err != nil {
+	// A guest that hangs up with bytes of ours unread resets the connection; if
+	// its answer is whole, that is as good an end as any.
+	if err != nil && !hungUp(err) {
 		return err
 	}
 	return guestproto.DecodeReply(data, reply, required...)
