@@ -84,7 +84,7 @@ func isStill(f *os.File, path string) (bool, error) {
 }
 
 // killHolders ends every process that has the file open, this one excepted,
-// and returns when none is left. It is how the orphans of a builder that was
+// and returns when they have ended. It is how the orphans of a builder that was
 // killed are found: they all inherited the leash, wherever they are in the
 // process tree and whatever namespaces they have made.
 func killHolders(ctx context.Context, leash *os.File) (killed int, err error) {
@@ -94,43 +94,74 @@ func killHolders(ctx context.Context, leash *os.File) (killed int, err error) {
 	}
 	// A killed process keeps its files for a moment; ten seconds are far more
 	// than a process needs that is not stuck in the kernel.
-	deadline := time.Now().Add(10 * time.Second)
-	seen := map[int]bool{}
+	ctx, cancel := context.WithTimeoutCause(ctx, 10*time.Second,
+		api.Errorf(api.ErrBusy, "a process left over from an earlier build cannot be ended"))
+	defer cancel()
+	ended := map[int]*os.File{}
+	defer func() {
+		for _, p := range ended {
+			p.Close()
+		}
+	}()
 	for {
 		pids, err := holders(own)
 		if err != nil {
-			return len(seen), err
+			return len(ended), err
 		}
 		if len(pids) == 0 {
-			return len(seen), nil
-		}
-		if time.Now().After(deadline) {
-			return len(seen), api.Errorf(api.ErrBusy, "process %d, left over from an earlier build, cannot be ended", pids[0])
+			break
 		}
 		for _, pid := range pids {
-			seen[pid] = true
-			killHolder(pid, own)
+			if p := killHolder(pid, own); p != nil && ended[pid] == nil {
+				ended[pid] = p
+			}
 		}
 		select {
 		case <-ctx.Done():
-			return len(seen), context.Cause(ctx)
+			return len(ended), context.Cause(ctx)
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
+	// The first process of a namespace closes its files before it has ended
+	// the others in there, which may have none of ours open and still write.
+	for _, p := range ended {
+		if err := waitEnded(ctx, p); err != nil {
+			return len(ended), err
+		}
+	}
+	return len(ended), nil
 }
 
-// killHolder kills pid if it has the file open. The pidfd makes sure that the
-// process that was looked at is the one that is killed.
-func killHolder(pid int, file os.FileInfo) {
-	pidfd, err := unix.PidfdOpen(pid, 0)
+// killHolder kills pid if it has the file open, and returns its pidfd. The
+// pidfd makes sure that the process that was looked at is the one that is
+// killed.
+func killHolder(pid int, file os.FileInfo) *os.File {
+	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
-		return
+		return nil
 	}
-	defer unix.Close(pidfd)
-	if !hasOpen(pid, file) {
-		return
+	p := os.NewFile(uintptr(fd), "pidfd")
+	if !hasOpen(pid, file) || unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) != nil {
+		p.Close()
+		return nil
 	}
-	_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0)
+	return p
+}
+
+// waitEnded returns when the process has ended, reaped or not.
+func waitEnded(ctx context.Context, pidfd *os.File) error {
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd.Fd()), Events: unix.POLLIN}}, 50)
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("waiting for a killed process: %w", err)
+		}
+		if n == 1 {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
 }
 
 func holders(file os.FileInfo) ([]int, error) {

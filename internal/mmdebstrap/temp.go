@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -69,6 +70,23 @@ func (t *Tool) removeTemp(ctx context.Context, dir string) error {
 
 // removeTree removes a directory that may hold files of mapped users.
 func (t *Tool) removeTree(ctx context.Context, dir string) error {
+	// The last of a namespace's killed processes may be still at work for a
+	// moment, making files where others have just been removed.
+	const attempts = 20
+	for try := 1; ; try++ {
+		err := t.tryRemoveTree(ctx, dir)
+		if err == nil || try == attempts {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+func (t *Tool) tryRemoveTree(ctx context.Context, dir string) error {
 	err := os.RemoveAll(dir)
 	if err == nil || os.Geteuid() == 0 || !errors.Is(err, fs.ErrPermission) {
 		return err
