@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/base64"
+	"encoding/json"
 	"fmt"
 	"strconv"
 
@@ -139,9 +140,23 @@ func runDiskList(ctx context.Context, a *app, o *diskOptions) error {
 		return err
 	}
 	if a.json {
-		return a.printJSON(list)
+		return a.printList(list)
 	}
 	return a.printEntries(list.Entries)
+}
+
+// printList is printJSON for listings, which can be long: the type's fields
+// are declared in the order of their JSON names, so that no map has to sort
+// them, which takes most of the time of listing 10,000 files.
+func (a *app) printList(list *api.DiskList) error {
+	w := bufio.NewWriter(a.Out)
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", "  ")
+	if err := enc.Encode(list); err != nil {
+		return err
+	}
+	return w.Flush()
 }
 
 // printEntries prints a listing for people: names made printable.

@@ -55,6 +55,8 @@ type supervisor struct {
 	log     *slog.Logger
 	console *boundedlog.File
 
+	// bootLimit is bootTimeout but in tests.
+	bootLimit time.Duration
 	// cancel ends the machine, and this process with it, for a reason.
 	cancel context.CancelCauseFunc
 
@@ -125,7 +127,7 @@ func newSupervisor(cfg Config) (*supervisor, error) {
 		return nil, err
 	}
 	return &supervisor{
-		cfg: cfg, dir: dir, console: console,
+		cfg: cfg, dir: dir, console: console, bootLimit: bootTimeout,
 		log: slog.New(slog.NewTextHandler(logFile, nil)).With("machine", dir.ID()),
 	}, nil
 }
@@ -249,7 +251,7 @@ func (s *supervisor) boot(ctx context.Context, eng engine.Engine, notes []string
 
 // firstAnswer waits for the guest agent, the machine's end, or the deadline.
 func (s *supervisor) firstAnswer(ctx context.Context, m engine.Machine, caps engine.Capabilities) (guestproto.Hello, error) {
-	limit := min(bootTimeout*time.Duration(max(1, caps.TimeScale)), bootTimeoutMax)
+	limit := min(s.bootLimit*time.Duration(max(1, caps.TimeScale)), bootTimeoutMax)
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	go func() {

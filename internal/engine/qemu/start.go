@@ -80,7 +80,7 @@ func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (_ engine.M
 	cmd.ExtraFiles = c.files
 	cmd.Dir = "/"
 	cmd.Env = []string{"LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
-	cmd.SysProcAttr = confine(spec.ID)
+	cmd.SysProcAttr = confine(spec.ID, accel)
 	var stderr tailBuffer
 	cmd.Stderr = io.MultiWriter(spec.Console, &stderr)
 	if err := hostproc.StartTied(cmd); err != nil {
@@ -163,19 +163,24 @@ func startHint(said string) string {
 // confine returns how QEMU is started: in its own session, so that a terminal's
 // Ctrl-C does not reach it, dying with us, and, where we are root, as a user
 // that owns nothing, in network and IPC namespaces with nothing in them.
-func confine(id string) *syscall.SysProcAttr {
+func confine(id, accel string) *syscall.SysProcAttr {
 	attr := &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
 	if os.Geteuid() != 0 {
 		return attr
 	}
-	uid := uid(id)
-	attr.Credential = &syscall.Credential{Uid: uid, Gid: uid}
-	if st, err := os.Stat(kvmDevice); err == nil {
-		if sys, ok := st.Sys().(*syscall.Stat_t); ok {
-			attr.Credential.Groups = []uint32{sys.Gid}
-		}
-	}
 	attr.Cloneflags = unix.CLONE_NEWNET | unix.CLONE_NEWIPC
+	uid := uid(id)
+	cred := &syscall.Credential{Uid: uid, Gid: uid}
+	if accel == accelKVM {
+		// KVM's device is opened by QEMU itself: through its group where that
+		// may, and where only root may, QEMU has to stay root.
+		var st unix.Stat_t
+		if err := unix.Stat(kvmDevice, &st); err != nil || st.Mode&0o066 == 0 {
+			return attr
+		}
+		cred.Groups = []uint32{st.Gid}
+	}
+	attr.Credential = cred
 	return attr
 }
 
