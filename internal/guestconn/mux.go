@@ -85,7 +85,7 @@ func startMux(pipe io.ReadWriteCloser, role Role) (*Mux, error) {
 		open, maxIncoming = yamux.Server, maxStreams
 	}
 	config.MaxIncomingStreams = maxIncoming
-	s, err := open(pipeConn{pipe}, config, nil)
+	s, err := open(pipeConn{ReadWriteCloser: pipe, guard: &frameGuard{r: pipe}}, config, nil)
 	if err != nil {
 		_ = pipe.Close()
 		return nil, api.Errorf(api.ErrInternal, "starting a multiplexed session: %w", err)
@@ -173,7 +173,10 @@ func streamError(err error) error {
 // ignored: see never.
 type pipeConn struct {
 	io.ReadWriteCloser
+	guard *frameGuard
 }
+
+func (p pipeConn) Read(b []byte) (int, error) { return p.guard.Read(b) }
 
 func (pipeConn) LocalAddr() net.Addr              { return pipeAddr{} }
 func (pipeConn) RemoteAddr() net.Addr             { return pipeAddr{} }
