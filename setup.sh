@@ -17,10 +17,10 @@ as_root() {
 }
 
 # qemu-system-x86 and qemu-utils run the guests, seabios boots them, mmdebstrap
-# builds their images from Debian's packages, checked against
+# (with gpg and mount) builds their images from Debian's packages, checked against
 # debian-archive-keyring; uidmap lets it do so without root; e2fsprogs finishes
 # the file systems. gcc and libc6-dev are for the race detector.
-packages=(qemu-system-x86 qemu-utils seabios mmdebstrap uidmap debian-archive-keyring
+packages=(qemu-system-x86 qemu-utils seabios mmdebstrap gpg mount uidmap debian-archive-keyring
 	e2fsprogs ca-certificates make git gcc libc6-dev)
 
 install_packages() {
