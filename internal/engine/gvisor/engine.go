@@ -204,3 +204,9 @@ func (c *cleanup) run() {
 		(*c)[i]()
 	}
 }
+
+// Runtime returns the path of the runsc that Start would use.
+func (e *Engine) Runtime(ctx context.Context) (string, error) {
+	rt, err := e.runtime(ctx)
+	return rt.path, err
+}

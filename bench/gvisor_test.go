@@ -1,0 +1,248 @@
+package bench
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"testing"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/engine/gvisor"
+	"github.com/pyro-mcp/pyro/internal/environment"
+	"github.com/pyro-mcp/pyro/internal/guestclient"
+	"github.com/pyro-mcp/pyro/internal/guestproto"
+	"github.com/pyro-mcp/pyro/internal/statedir"
+	"github.com/pyro-mcp/pyro/internal/testenv"
+)
+
+// The reference here is a bare `runsc run` of the same image, mounted
+// read-only, with its changes kept by runsc itself: in memory, which is its
+// fastest way and loses them when the sandbox ends, and in a file. Commands go
+// into it by `runsc exec`.
+
+// imageVariable names an image to use instead of the cached debian:12-build.
+const imageVariable = "PYRO_BENCH_IMAGE"
+
+// gvisorFixture is what all these benchmarks share.
+type gvisorFixture struct {
+	engine *gvisor.Engine
+	runsc  string
+	image  string
+}
+
+func newGvisorFixture(b *testing.B) *gvisorFixture {
+	b.Helper()
+	e := gvisor.New(gvisor.Options{})
+	caps := e.Probe(b.Context())
+	testenv.Require(b, "gvisor", caps.Available, caps.Detail)
+	runsc, err := e.Runtime(b.Context())
+	check(b, err)
+	testenv.RequireTools(b, "gvisor", "unshare", "mount")
+	f := &gvisorFixture{engine: e, runsc: runsc, image: os.Getenv(imageVariable)}
+	if f.image == "" {
+		cache, err := statedir.DefaultCache(os.Getenv)
+		check(b, err)
+		envs, err := environment.Open(environment.Options{CacheDir: cache, Logger: slog.New(slog.DiscardHandler)})
+		check(b, err)
+		image, err := envs.Use(b.Context(), "debian:12-build", nil)
+		check(b, err)
+		b.Cleanup(func() { image.Close() })
+		f.image = image.Path
+	}
+	return f
+}
+
+// A sandbox runs shell scripts; end ends it.
+type sandbox struct {
+	sh  func(script string)
+	end func()
+}
+
+// ours starts a machine of the engine and returns when its first command has
+// ended.
+func (f *gvisorFixture) ours(b *testing.B) sandbox {
+	b.Helper()
+	m, err := f.engine.Start(b.Context(), engine.MachineSpec{
+		ID: "bench" + strconv.FormatInt(time.Now().UnixNano(), 36), Dir: b.TempDir(), RootImage: f.image,
+		VCPUCount: 2, MemMiB: 4096, DiskMiB: 8192, AgentPath: program("pyro-agent"), Hostname: "bench",
+		Console: new(bytes.Buffer), Logger: slog.New(slog.DiscardHandler),
+	})
+	check(b, err)
+	client := guestclient.New(m.DialGuest, guestclient.Options{Patience: 10 * time.Minute})
+	s := sandbox{
+		sh: func(script string) {
+			r, err := client.Exec(b.Context(), guestproto.ExecRequest{Argv: []string{"sh", "-c", script}, Cwd: "/workspace"}, guestclient.ExecIO{})
+			check(b, err)
+			if r.ExitCode != 0 {
+				b.Fatalf("%s: exit code %d", script, r.ExitCode)
+			}
+		},
+		end: func() { check(b, m.Stop(context.Background(), 0)) },
+	}
+	b.Cleanup(func() { _ = m.Stop(context.Background(), 0) })
+	s.sh("true")
+	return s
+}
+
+// bareScript mounts the image where nobody else sees it and becomes runsc, so
+// that the mount ends with the sandbox.
+const bareScript = `mount -o loop,ro "$1" "$2/root" && shift 2 && exec "$@"`
+
+// bare starts the image with runsc alone. args is the container's command; the
+// returned Cmd is runsc run in the foreground.
+func (f *gvisorFixture) bare(b *testing.B, overlay string, args ...string) (cmd *exec.Cmd, runsc func(...string) *exec.Cmd) {
+	b.Helper()
+	// Short, for runsc's sockets.
+	dir, err := os.MkdirTemp("", "bare")
+	check(b, err)
+	b.Cleanup(func() { os.RemoveAll(dir) })
+	for _, name := range []string{"root", "upper", "state"} {
+		check(b, os.Mkdir(filepath.Join(dir, name), 0o700))
+	}
+	if overlay == "dir" {
+		overlay += "=" + filepath.Join(dir, "upper")
+	}
+	memory := func(dest string) specs.Mount { return specs.Mount{Destination: dest, Type: "tmpfs", Source: "tmpfs"} }
+	config, err := json.Marshal(specs.Spec{
+		Version: specs.Version, Hostname: "bare", Root: &specs.Root{Path: filepath.Join(dir, "root")},
+		Process: &specs.Process{Args: args, Cwd: "/", Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"},
+			Capabilities: &specs.LinuxCapabilities{Bounding: bareCapabilities, Effective: bareCapabilities, Permitted: bareCapabilities}},
+		Mounts: []specs.Mount{{Destination: "/proc", Type: "proc", Source: "proc"}, memory("/dev"), memory("/tmp")},
+		Linux: &specs.Linux{Namespaces: []specs.LinuxNamespace{
+			{Type: specs.PIDNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace}, {Type: specs.MountNamespace}, {Type: specs.NetworkNamespace},
+		}},
+	})
+	check(b, err)
+	check(b, os.WriteFile(filepath.Join(dir, "config.json"), config, 0o600))
+	flags := []string{f.runsc, "--root=" + filepath.Join(dir, "state"), "--platform=systrap", "--network=none", "--overlay2=root:" + overlay, "--ignore-cgroups"}
+	id := "b" + strconv.FormatInt(time.Now().UnixNano(), 36)
+	cmd = exec.Command("unshare", append(append([]string{"-m", "--propagation", "private", "sh", "-c", bareScript, "sh", f.image, dir}, flags...),
+		"run", "--bundle", dir, id)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	return cmd, func(args ...string) *exec.Cmd {
+		args = append(args[:1:1], append([]string{id}, args[1:]...)...)
+		return exec.Command(flags[0], append(flags[1:], args...)...)
+	}
+}
+
+var bareCapabilities = []string{"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_SETGID", "CAP_SETUID"}
+
+// theirs starts a bare sandbox and returns when its first command has ended.
+func (f *gvisorFixture) theirs(b *testing.B, overlay string) sandbox {
+	b.Helper()
+	cmd, runsc := f.bare(b, overlay, "sleep", "infinity")
+	check(b, cmd.Start())
+	var once bool
+	end := func() {
+		if !once {
+			once = true
+			_ = runsc("kill", "KILL").Run()
+			_ = cmd.Wait()
+		}
+	}
+	b.Cleanup(end)
+	for tries := 0; runsc("exec", "true").Run() != nil; tries++ {
+		if tries == 100 {
+			b.Fatal("runsc run does not come up")
+		}
+		time.Sleep(50 * time.Millisecond) // runsc tells nobody when it is up
+	}
+	return sandbox{sh: func(script string) {
+		out, err := runsc("exec", "sh", "-c", "cd /workspace && "+script).CombinedOutput()
+		if err != nil {
+			b.Fatalf("%s: %v\n%s", script, err, out)
+		}
+	}, end: end}
+}
+
+// BenchmarkGvisorRun compares a whole life: start, one command, end.
+func BenchmarkGvisorRun(b *testing.B) {
+	f := newGvisorFixture(b)
+	compare(b, 7, func() time.Duration {
+		began := time.Now()
+		f.ours(b).end()
+		return time.Since(began)
+	}, func() time.Duration {
+		cmd, _ := f.bare(b, "memory", "true")
+		began := time.Now()
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			b.Fatalf("runsc run: %v\n%s", err, out)
+		}
+		return time.Since(began)
+	})
+}
+
+// BenchmarkGvisorExec compares one command in a running sandbox.
+func BenchmarkGvisorExec(b *testing.B) {
+	f := newGvisorFixture(b)
+	ours, theirs := f.ours(b), f.theirs(b, "memory")
+	compare(b, 21, timed(ours, "true"), timed(theirs, "true"))
+}
+
+func timed(s sandbox, script string) func() time.Duration {
+	return func() time.Duration {
+		began := time.Now()
+		s.sh(script)
+		return time.Since(began)
+	}
+}
+
+// BenchmarkGvisorWork compares work inside. Each script is run in both until
+// its setup, which is not measured, has been run as often.
+func BenchmarkGvisorWork(b *testing.B) {
+	for _, overlay := range []string{"memory", "dir"} {
+		b.Run(overlay, func(b *testing.B) {
+			f := newGvisorFixture(b)
+			ours, theirs := f.ours(b), f.theirs(b, overlay)
+			for _, s := range []sandbox{ours, theirs} {
+				s.sh(makeTree)
+			}
+			for _, work := range []struct {
+				name, setup, script string
+				rounds              int
+			}{
+				{"PythonStart", "true", "for i in 1 2 3 4 5; do python3 -c pass; done", 5},
+				{"Unpack20k", "rm -rf t", "tar xf /workspace/t.tar", 3},
+				{"GitStatus20k", "cd t && { test -d .git || { git init -q . && git add .; }; }", "cd t && git status >/dev/null", 5},
+				{"Compile", "true", "for i in 1 2 3; do gcc -o h h.c; done", 5},
+				{"Processes1000", "true", "i=0; while [ $i -lt 1000 ]; do /bin/true; i=$((i+1)); done", 3},
+			} {
+				b.Run(work.name, func(b *testing.B) {
+					prepared := func(s sandbox) func() time.Duration {
+						run := timed(s, work.script)
+						return func() time.Duration {
+							s.sh(work.setup)
+							return run()
+						}
+					}
+					compare(b, work.rounds, prepared(ours), prepared(theirs))
+				})
+			}
+		})
+	}
+}
+
+// makeTree makes an archive of 20,000 small files, and a C program.
+var makeTree = fmt.Sprintf(`python3 -c '
+import tarfile, io
+t = tarfile.open("t.tar", "w")
+for d in range(200):
+    for f in range(%d):
+        b = ("line %%d %%d\n" %% (d, f) * 300).encode()[:3300]
+        i = tarfile.TarInfo("t/d%%d/f%%d.c" %% (d, f))
+        i.size = len(b)
+        t.addfile(i, io.BytesIO(b))
+t.close()
+open("h.c", "w").write("#include <stdio.h>\nint main(void) { puts(\"hi\"); return 0; }\n")
+'`, 100)
