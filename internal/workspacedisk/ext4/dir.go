@@ -65,7 +65,7 @@ func (fs *FS) scanDir(ctx context.Context, dir *Inode, budget *Budget, fn dirent
 	if dir.Size == 0 || dir.Size%bs != 0 {
 		return damaged("its size of %d bytes is no multiple of the block size", dir.Size)
 	}
-	buf := make([]byte, max(bs, 64<<10))
+	buf := make([]byte, min(dir.Size, max(bs, 64<<10)))
 	for n := int64(0); n < dir.Size/bs; {
 		r, err := fs.mapBlock(dir, uint64(n))
 		if err != nil {

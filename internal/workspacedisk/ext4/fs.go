@@ -16,7 +16,8 @@ import (
 const RootInode = 2
 
 // cacheSlots times the block size is what an FS keeps of metadata in memory:
-// 8 MiB at 4 KiB blocks, enough for the inode tables of 32,000 files.
+// 8 MiB at 4 KiB blocks, enough for the inode tables of 32,000 files. (A block
+// of a table keeps its chunk alive, so it can be 16 times that at worst.)
 const cacheSlots = 2048
 
 // An FS is one filesystem, open for reading. Its methods may be called
@@ -100,6 +101,35 @@ func (fs *FS) block(n uint64) ([]byte, error) {
 	*slot = cachedBlock{number: n, data: data}
 	fs.mu.Unlock()
 	return data, nil
+}
+
+// tableBlock is block for inode tables, which are mostly read in a row: what
+// is not cached is read together with the blocks around it.
+func (fs *FS) tableBlock(n uint64) ([]byte, error) {
+	const chunk = 64 << 10
+	count := uint64(chunk / fs.sb.blockSize)
+	first := n - n%count
+	if n >= fs.sb.blocks || first+count > fs.sb.blocks || fs.cached(n) {
+		return fs.block(n)
+	}
+	data := make([]byte, chunk)
+	if err := readFull(fs.r, data, int64(first)*int64(fs.sb.blockSize)); err != nil {
+		return nil, err
+	}
+	bs := uint64(fs.sb.blockSize)
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	for i := range count {
+		fs.cache[(first+i)%cacheSlots] = cachedBlock{number: first + i, data: data[i*bs : (i+1)*bs : (i+1)*bs]}
+	}
+	return data[(n-first)*bs:][:bs:bs], nil
+}
+
+func (fs *FS) cached(n uint64) bool {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	slot := &fs.cache[n%cacheSlots]
+	return slot.data != nil && slot.number == n
 }
 
 // inodeTable returns the first block of group g's inode table.

@@ -63,7 +63,7 @@ func (fs *FS) readInode(n uint32) (*Inode, error) {
 	}
 	off := uint64(n-1) % uint64(sb.inodesPerGroup) * uint64(sb.inodeSize)
 	bs := uint64(sb.blockSize)
-	blk, err := fs.block(table + off/bs) // cannot wrap: table < 2^48 or out of range
+	blk, err := fs.tableBlock(table + off/bs) // cannot wrap: table < 2^48 or out of range
 	if err != nil {
 		return nil, err
 	}
