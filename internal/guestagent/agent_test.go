@@ -136,3 +136,8 @@ func (a *agent) sh(t testing.TB, command string) (stdout, stderr string, r guest
 	}
 	return out.String(), errs.String(), r
 }
+
+// execStarted calls f when the command has been started.
+func execStarted(f func()) guestclient.ExecIO {
+	return guestclient.ExecIO{Started: func(int) { f() }}
+}

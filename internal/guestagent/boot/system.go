@@ -63,10 +63,10 @@ func mendHosts(hosts, name string) string {
 	return hosts
 }
 
-// writeFiles makes the resolver's file where an image has none. Without a
-// network a look-up then fails at once instead of after a wait.
+// writeFiles makes the resolver's file where an image has none or an empty one.
+// Without a network a look-up then fails at once instead of after a wait.
 func writeFiles() error {
-	if _, err := os.Stat("/etc/resolv.conf"); err == nil {
+	if fi, err := os.Stat("/etc/resolv.conf"); err == nil && fi.Size() > 0 {
 		return nil
 	}
 	// A link to a file that some service would make at boot.
