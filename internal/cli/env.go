@@ -24,6 +24,8 @@ func newEnvCmd(a *app) *cobra.Command {
 			Example: "  pyro env inspect debian:12",
 			Args:    args(cobra.ExactArgs(1)),
 			RunE:    func(cmd *cobra.Command, given []string) error { return runEnvInspect(cmd.Context(), a, given[0]) },
+
+			ValidArgsFunction: completeEnvironment(a),
 		},
 		newEnvPullCmd(a),
 		newEnvPruneCmd(a),
@@ -43,6 +45,8 @@ is under way this one waits for it and uses the result.`,
 		Example: "  pyro env pull debian:12-build",
 		Args:    args(cobra.ExactArgs(1)),
 		RunE:    func(cmd *cobra.Command, given []string) error { return runEnvPull(cmd.Context(), a, given[0]) },
+
+		ValidArgsFunction: completeEnvironment(a),
 	}
 	cmd.Flags().BoolVar(&a.quiet, "quiet", false, "no progress on stderr")
 	return cmd
@@ -158,4 +162,26 @@ func runEnvPrune(ctx context.Context, a *app, all bool) error {
 	}
 	fmt.Fprintf(a.Out, "%s freed\n", humanize.IBytes(uint64(res.FreedBytes)))
 	return nil
+}
+
+// completeEnvironment offers the environments' names for a first argument.
+func completeEnvironment(a *app) cobra.CompletionFunc {
+	return func(cmd *cobra.Command, given []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+		if len(given) > 0 {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		client, err := a.client(cmd.Context())
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveError
+		}
+		envs, err := client.Environments(cmd.Context())
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveError
+		}
+		var out []cobra.Completion
+		for _, e := range envs {
+			out = append(out, cobra.CompletionWithDesc(e.Name, e.Description))
+		}
+		return out, cobra.ShellCompDirectiveNoFileComp
+	}
 }

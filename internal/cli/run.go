@@ -41,7 +41,9 @@ lets a command run on this host, and the answer says so.`,
   tar c . | pyro run debian:12 -- sh -c 'tar x && ls -la'
   pyro run debian:12 --json --timeout-seconds 5 -- python3 -c 'print(6*7)'`,
 		Annotations: map[string]string{annotationPasses: "yes"},
-		Args:        args(runArgs),
+
+		ValidArgsFunction: completeEnvironment(a),
+		Args:              args(runArgs),
 		RunE: func(cmd *cobra.Command, given []string) error {
 			a.passesThrough = true
 			o.req.Environment, o.req.Argv = given[0], given[1:]
