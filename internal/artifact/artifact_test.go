@@ -163,6 +163,7 @@ func TestDamage(t *testing.T) {
 		{"manifest of something else", func(t *testing.T, h *artifact.Held) {
 			b, err := os.ReadFile(h.Path("manifest.json"))
 			must(t, err)
+			must(t, os.Rename(h.Path("file"), h.Path("fine"))) // so that it fits what is there
 			must(t, os.WriteFile(h.Path("manifest.json"), bytes.Replace(b, []byte(`"file"`), []byte(`"fine"`), 1), 0o600))
 		}},
 		{"reference cut", func(t *testing.T, h *artifact.Held) {

@@ -235,6 +235,10 @@ func TestReplace(t *testing.T) {
 	if err := w.Link("b", "c"); err != nil { // onto another name of the same file
 		t.Fatal(err)
 	}
+	add(t, w, "nest/x", file, "nested")
+	if err := w.Link("nest", "nest/x"); err != nil { // in the place of its own directory
+		t.Fatal(err)
+	}
 	add(t, w, "gone/deep/er", file, "")
 	if err := w.Remove("gone"); err != nil {
 		t.Fatal(err)
@@ -249,7 +253,7 @@ func TestReplace(t *testing.T) {
 	}
 	finish(t, w)
 	check(t, f)
-	for path, want := range map[string]string{"f": "new", "d": "was a directory", "keep/inside": "1", "a": "no longer linked", "b": "linked", "c": "linked"} {
+	for path, want := range map[string]string{"f": "new", "d": "was a directory", "keep/inside": "1", "a": "no longer linked", "b": "linked", "c": "linked", "nest": "nested"} {
 		if got := debugfs(t, f, "cat /"+path); got != want {
 			t.Errorf("%s holds %q, want %q", path, got, want)
 		}
@@ -282,13 +286,13 @@ func TestRoomIsUsedAgain(t *testing.T) {
 
 func TestLinksInParentsStayInside(t *testing.T) {
 	w, f := newImage(t, 128<<20)
-	for path, target := range map[string]string{"lib": "usr/lib", "abs": "/usr", "up": "../../../../usr", "usr/self": "..", "loop1": "loop2", "loop2": "loop1"} {
+	for path, target := range map[string]string{"lib": "usr/lib", "deep/abs": "/usr", "up": "../../../../usr", "usr/self": "..", "loop1": "loop2", "loop2": "loop1"} {
 		if err := w.Add(ext4image.Entry{Path: path, Mode: ext4image.ModeSymlink | 0o777, Target: target, ModTime: testTime}, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
 	add(t, w, "lib/one", file, "1")
-	add(t, w, "abs/two", file, "2")
+	add(t, w, "deep/abs/two", file, "2")
 	add(t, w, "up/three", file, "3")
 	add(t, w, "usr/self/four", file, "4")
 	if err := w.Add(ext4image.Entry{Path: "loop1/x", Mode: file}, nil); !errors.Is(err, api.ErrInvalid) {

@@ -77,11 +77,14 @@ func TestClosure(t *testing.T) {
 	if err := os.Symlink("/", filepath.Join(dir, "build")); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.Symlink("/dev/null", filepath.Join(dir, "linked.ko")); err != nil {
+		t.Fatal(err)
+	}
 	files, err := findModules(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := closure(files, []string{"virtio_pci", "virtio_blk", "built_in_too", "tun"})
+	got, err := closure(files, []string{"virtio_pci", "virtio_blk", "built_in_too", "tun", "linked"})
 	if err != nil {
 		t.Fatal(err)
 	}
