@@ -99,17 +99,17 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 		return nil, fmt.Errorf("opening the environment's image: %w", err)
 	}
 	defer rootImage.Close() // its loop device keeps what it needs
-	sizeMiB, err := layerSize(spec.DiskMiB, rootImage)
+	if os.Geteuid() != 0 {
+		return nil, api.WithHint(api.Errorf(api.ErrInternal, "the supervisor was not started behind Engine.Launcher"), "report this as a fault of pyro")
+	}
+	parts, err := openParts(ctx, rootImage, spec)
 	if err != nil {
 		return nil, err
 	}
-	layer, err := openLayer(ctx, spec.Dir, sizeMiB)
-	if err != nil {
-		return nil, err
-	}
+	layer := parts.layer
 	undo.add(func() { _ = layer.release() })
 
-	top, err := chooseStage(stageCandidates, []string{rt.path, spec.AgentPath, "/dev", "/proc", "/sys"})
+	top, err := chooseStage(stageCandidates, []string{rt.path, spec.AgentPath, spec.Dir, spec.RootImage})
 	if err != nil {
 		return nil, err
 	}
@@ -140,7 +140,7 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 		if err := m.stage.mount(); err != nil {
 			return err
 		}
-		if err := m.stage.mountRoot(rootImage, layer.File, spec.Ephemeral); err != nil {
+		if err := parts.mount(m.stage); err != nil {
 			return err
 		}
 		if err := bindFile(spec.AgentPath, m.stage.agent()); err != nil {
@@ -182,6 +182,36 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 	}()
 	go m.watch(out)
 	return m, nil
+}
+
+// parts are the two halves of a machine's root file system.
+type parts struct {
+	layer *layer
+	mount func(stage) error // runs in the namespace
+}
+
+// openParts prepares them: images as root, directories in a user namespace.
+func openParts(ctx context.Context, rootImage *os.File, spec engine.MachineSpec) (parts, error) {
+	if inUserNamespace() {
+		tree, err := treeOf(ctx, rootImage)
+		if err != nil {
+			return parts{}, err
+		}
+		layer, err := openLayerDir(ctx, spec.Dir)
+		if err != nil {
+			return parts{}, err
+		}
+		return parts{layer, func(s stage) error { return s.mountTree(tree, spec.Dir) }}, nil
+	}
+	sizeMiB, err := layerSize(spec.DiskMiB, rootImage)
+	if err != nil {
+		return parts{}, err
+	}
+	layer, err := openLayer(ctx, spec.Dir, sizeMiB)
+	if err != nil {
+		return parts{}, err
+	}
+	return parts{layer, func(s stage) error { return s.mountRoot(rootImage, layer.File, spec.Ephemeral) }}, nil
 }
 
 // bindFile makes the file at path visible at target, where its mount keeps it

@@ -72,7 +72,21 @@ func openLayer(ctx context.Context, dir string, sizeMiB int64) (*layer, error) {
 	return &layer{f}, nil
 }
 
-// layer is an open and locked image.
+// openLayerDir is openLayer for a layer that is a directory, [LayerDir], which
+// mounting makes: it only locks.
+func openLayerDir(ctx context.Context, dir string) (*layer, error) {
+	f, err := os.OpenFile(filepath.Join(dir, LayerDir+".lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("opening the writable layer: %w", err)
+	}
+	if err := lockWait(ctx, f); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return &layer{f}, nil
+}
+
+// layer is an open and locked image, or the lock of a directory.
 type layer struct {
 	*os.File
 }

@@ -36,19 +36,30 @@ func (e *Engine) Probe(ctx context.Context) engine.Capabilities {
 	need("processor", goruntime.GOARCH, checkArch(goruntime.GOARCH))
 	need("seccomp", "available", checkSeccomp())
 	need("ptrace", "allowed", checkPtrace(readLine("/proc/sys/kernel/yama/ptrace_scope")))
-	need("privileges", "root", checkPrivileges(os.Geteuid(), inUserNamespace()))
-	if c.Available {
+	root := os.Geteuid() == 0 && !inUserNamespace()
+	filesystems := []string{"overlay"}
+	if root {
+		need("privileges", "root", nil)
 		need("loop devices", "available", checkLoop())
+		filesystems = append(filesystems, "ext4")
+		_, err = findTool("mke2fs")
+		need("e2fsprogs", "installed", err)
+	} else {
+		need("user namespaces", "allowed", checkUserNamespaces(readLine))
+		_, err := e.Launcher()
+		need("unshare", "installed", err)
+		c.Facts = append(c.Facts, rootlessFacts()...)
 	}
-	for _, fs := range []string{"ext4", "overlay"} {
+	for _, fs := range filesystems {
 		need(fs, "in the host's kernel", checkFilesystem(fs))
 	}
-	_, err = findTool("mke2fs")
-	need("e2fsprogs", "installed", err)
 
 	c.Facts = append(c.Facts, limitsFact(), filesFact())
 	if c.Available {
 		c.Detail = "gVisor sandbox (runsc of " + rt.date + ", systrap) at near-native speed"
+		if !root {
+			c.Detail += ", without root: no bound on disk and memory"
+		}
 	}
 	return c
 }
@@ -80,12 +91,17 @@ func checkPtrace(scope string) error {
 		"boot with kernel.yama.ptrace_scope below 3")
 }
 
-func checkPrivileges(euid int, userns bool) error {
-	if euid == 0 && !userns {
-		return nil
+// rootlessFacts say what a machine without root gives up.
+func rootlessFacts() []api.Fact {
+	disk := api.Fact{Name: "disk", Value: "a directory, not bounded in size", Remedy: "run pyro as root to bound each workspace's disk"}
+	owners := api.Fact{Name: "owners of files", Value: "all of a guest's users", OK: true}
+	// Where this process is in a user namespace already, its ids are given.
+	if os.Geteuid() != 0 {
+		if err := manyIDs(); err != nil {
+			owners = api.Fact{Name: owners.Name, Value: "root alone, chown fails in a guest: " + err.Error(), Remedy: api.Hint(err)}
+		}
 	}
-	return api.WithHint(api.Errorf(api.ErrDenied, "a disk of its own for each workspace takes root, to mount it"),
-		"run pyro as root, or use --engine qemu")
+	return []api.Fact{disk, owners}
 }
 
 func checkLoop() error {

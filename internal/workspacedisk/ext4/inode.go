@@ -26,6 +26,9 @@ type Inode struct {
 	Mode   uint16 // type and permissions, as in stat
 	Links  uint16
 	Size   int64
+	UID    uint32
+	GID    uint32
+	Mtime  int64 // seconds since 1970
 
 	flags  uint32
 	blocks [60]byte // i_block: extent root, block map, inline data or target
@@ -73,6 +76,9 @@ func (fs *FS) readInode(n uint32) (*Inode, error) {
 		Number: n,
 		Mode:   le.Uint16(raw),
 		Links:  le.Uint16(raw[0x1A:]),
+		UID:    uint32(le.Uint16(raw[2:])) | uint32(le.Uint16(raw[0x78:]))<<16,
+		GID:    uint32(le.Uint16(raw[0x18:])) | uint32(le.Uint16(raw[0x7A:]))<<16,
+		Mtime:  int64(int32(le.Uint32(raw[0x10:]))),
 		flags:  le.Uint32(raw[0x20:]),
 	}
 	if ino.Links == 0 {
