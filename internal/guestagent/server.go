@@ -290,21 +290,20 @@ func (q *request) frame(t guestproto.FrameType, payload []byte) error {
 }
 
 // linger makes sure that the caller can read the answer: a connection closed
-// with unread bytes in it may take the answer along.
+// with unread bytes in it may take the answer along. A connection that cannot
+// be half-closed is just closed.
 func (q *request) linger() {
-	if q.gone {
+	if q.gone || !q.hangUp() {
 		return
 	}
-	q.hangUp()
 	_ = q.conn.SetReadDeadline(time.Now().Add(lingerTimeout))
 	_, _ = io.Copy(io.Discard, io.LimitReader(q.conn, maxLinger))
 }
 
-// hangUp ends the agent's side of the connection. Safe to call twice.
-func (q *request) hangUp() {
-	if w, ok := q.conn.(interface{ CloseWrite() error }); ok {
-		_ = w.CloseWrite()
-	}
+// hangUp ends the agent's side of the connection, if that can be done alone.
+func (q *request) hangUp() bool {
+	w, ok := q.conn.(interface{ CloseWrite() error })
+	return ok && w.CloseWrite() == nil
 }
 
 // errGone says that the caller has hung up.
