@@ -30,7 +30,8 @@ func confine(cmd *exec.Cmd, image *os.File) (release func(), err error) {
 	}
 	cmd.SysProcAttr.Credential = &syscall.Credential{Uid: nobody, Gid: nobody}
 	cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWNET | syscall.CLONE_NEWIPC
-	return func() { image.Chown(int(owner.Uid), int(owner.Gid)) }, nil
+	// If taking it back fails, the caller's next step on the file does, too.
+	return func() { _ = image.Chown(int(owner.Uid), int(owner.Gid)) }, nil
 }
 
 // limitProcess bounds what a started tool may take. It comes a moment after

@@ -69,12 +69,12 @@ func Open(ctx context.Context, src Source, opts Options) (*Disk, error) {
 	}
 	d := &Disk{chain: c, src: src, opts: opts}
 	if d.fs, err = ext4.Open(ctx, c.top, c.top.Size()); err != nil {
-		c.Close()
+		_ = c.Close()
 		return nil, fmt.Errorf("opening disk image %s: %w", src.Path, err)
 	}
 	if opts.HideRuntime {
 		if err := d.findRuntimeDir(ctx); err != nil {
-			c.Close()
+			_ = c.Close()
 			return nil, fmt.Errorf("opening disk image %s: %w", src.Path, err)
 		}
 	}

@@ -154,21 +154,21 @@ func withoutBanner(text string) string {
 	return strings.Join(out, "; ")
 }
 
-// scriptFile holds text in an unlinked file, open at its start.
+// scriptFile holds text in an unlinked file.
 func scriptFile(text string) (*os.File, error) {
 	f, err := os.CreateTemp("", "pyro-debugfs-")
 	if err != nil {
 		return nil, fmt.Errorf("making the command file: %w", err)
 	}
-	os.Remove(f.Name())
-	if _, err := f.WriteString(text); err == nil {
-		_, err = f.Seek(0, 0)
+	err = os.Remove(f.Name())
+	if err == nil {
+		_, err = f.WriteString(text)
 	}
 	if err == nil {
 		err = f.Chmod(0o444) // the tool runs as another user and opens it anew
 	}
 	if err != nil {
-		f.Close()
+		_ = f.Close()
 		return nil, fmt.Errorf("writing the command file: %w", err)
 	}
 	return f, nil

@@ -156,7 +156,7 @@ func newPartial(outputPath string) (*partial, error) {
 	}
 	p := &partial{root: root, temp: "." + rand.Text() + ".partial", name: name}
 	if p.file, err = root.OpenFile(p.temp, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600); err != nil {
-		root.Close()
+		_ = root.Close()
 		return nil, api.Errorf(classOf(err), "making a file beside output_path: %w", err)
 	}
 	return p, nil
@@ -226,9 +226,9 @@ func (p *partial) syncDir() error {
 
 // discard closes the file and removes what was not published.
 func (p *partial) discard() {
-	p.file.Close()
+	_ = p.file.Close()
 	if p.temp != "" {
-		p.root.Remove(p.temp)
+		_ = p.root.Remove(p.temp)
 	}
-	p.root.Close()
+	_ = p.root.Close()
 }

@@ -63,12 +63,12 @@ func openChain(src Source) (*chain, error) {
 	var headers []Source
 	for s := &src; s != nil; s = s.Backing {
 		if len(c.files) == maxChain {
-			c.Close()
+			_ = c.Close()
 			return nil, api.Errorf(api.ErrInvalid, "the disk image stands on more than %d others", maxChain)
 		}
 		f, err := openImageFile(s.Path)
 		if err != nil {
-			c.Close()
+			_ = c.Close()
 			return nil, err
 		}
 		c.files = append(c.files, f)
@@ -77,7 +77,7 @@ func openChain(src Source) (*chain, error) {
 	for i := len(headers) - 1; i >= 0; i-- {
 		l, err := openLayer(c.files[i], headers[i], c.top, i > 0)
 		if err != nil {
-			c.Close()
+			_ = c.Close()
 			return nil, fmt.Errorf("opening disk image %s: %w", headers[i].Path, err)
 		}
 		c.top = l
@@ -105,7 +105,7 @@ func openImageFile(path string) (*os.File, error) {
 		err = lockShared(f)
 	}
 	if err != nil {
-		f.Close()
+		_ = f.Close()
 		return nil, err
 	}
 	return f, nil

@@ -319,21 +319,57 @@ func fixSize(data []byte) {
 	}
 }
 
-// FuzzReplay replays arbitrary journals.
+// patch overwrites places of data: the input is four bytes of offset, one of
+// length, and the bytes, again and again. Small inputs keep the fuzzer quick.
+func patch(data, in []byte) []byte {
+	out := bytes.Clone(data)
+	for len(in) > 5 {
+		off, n := int(binary.LittleEndian.Uint32(in)%uint32(len(out))), int(in[4])
+		in = in[5:]
+		n = min(n, len(in))
+		copy(out[off:], in[:n])
+		in = in[n:]
+	}
+	return out
+}
+
+func encodePatch(off uint32, data ...byte) []byte {
+	out := binary.LittleEndian.AppendUint32(nil, off)
+	return append(append(out, byte(len(data))), data...)
+}
+
+// FuzzReplay replays journals with patches anywhere in them. The checksum of a
+// patched superblock is set anew, so that the rest is looked at, too.
 func FuzzReplay(f *testing.F) {
+	var bases [][]byte
 	for _, name := range []string{"dirty", "dirty-csum"} {
 		data := load(f, name)[:40*blockSize]
 		fixSize(data)
-		f.Add(data)
+		bases = append(bases, data)
 	}
 	l := newLog(8, 6, 1)
 	l.descriptor(6, 7, true, 5, 9)
 	l.revoke(2, 7, 9)
 	l.commit(3, 7)
-	f.Add(l.bytes())
+	bases = append(bases, l.bytes())
+	for i, data := range bases {
+		f.Add(uint8(i), []byte{})
+		for at := uint32(12); at < 84; at += 4 { // fields of the superblock
+			f.Add(uint8(i), encodePatch(at, 0, 0, 0, 3))
+		}
+		for at := uint32(blockSize); at < uint32(len(data)); at += blockSize { // headers and tags
+			f.Add(uint8(i), encodePatch(at, 0xC0, 0x3B, 0x39, 0x98, 0, 0, 0, 5, 0, 0, 0, 2, 0, 0, 0, 200))
+			f.Add(uint8(i), encodePatch(at+12, 0, 0, 0, 1, 0, 0, 0, 2))
+		}
+	}
 	base := bytes.NewReader(make([]byte, fsBlocks*blockSize))
 	buf := make([]byte, 8*blockSize)
-	f.Fuzz(func(t *testing.T, data []byte) {
+	f.Fuzz(func(t *testing.T, which uint8, in []byte) {
+		data := patch(bases[int(which)%len(bases)], in)
+		if be := binary.BigEndian; be.Uint32(data[40:])&0x18 != 0 {
+			be.PutUint32(data[0xFC:], 0)
+			be.PutUint32(data[0xFC:], ^crc32.Checksum(data[:1024], crc32.MakeTable(crc32.Castagnoli)))
+		}
 		start := time.Now()
 		o, err := jbd2.Replay(context.Background(), base, bytes.NewReader(data), int64(len(data)), blockSize, fsBlocks)
 		if err != nil {
