@@ -99,7 +99,18 @@ func (m *Manager) Environments() *environment.Store { return m.environments }
 // with all, every image that no machine uses.
 func (m *Manager) Prune(ctx context.Context, all bool) (api.PruneResult, error) {
 	m.reap(ctx)
-	return m.environments.Prune(ctx, environment.PruneOptions{All: all})
+	images, err := m.environments.Prune(ctx, environment.PruneOptions{All: all})
+	if err != nil {
+		return api.PruneResult{}, err
+	}
+	kernels, err := m.kernels.Prune(ctx, nil)
+	if err != nil {
+		return api.PruneResult{}, err
+	}
+	return api.PruneResult{
+		Removed:    append(images.Removed, kernels.Removed...),
+		FreedBytes: images.FreedBytes + kernels.FreedBytes,
+	}, nil
 }
 
 // reap clears up after processes that were killed. What it cannot clear up now
