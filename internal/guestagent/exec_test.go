@@ -135,11 +135,11 @@ func TestExecRefusals(t *testing.T) {
 	}
 }
 
-// TestRapidCommands is RELIABILITY L7: exact exit codes when many commands end
-// at once, some before their parent knows their number.
+// TestRapidCommands wants exact exit codes of many requests at once. Package
+// process has the harder test of the reaper itself.
 func TestRapidCommands(t *testing.T) {
 	a := startAgent(t)
-	const n, parallel = 1000, 50
+	const n, parallel = 200, 50
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	wrong := map[string]int{}
