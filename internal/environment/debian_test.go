@@ -40,7 +40,7 @@ func TestRealBase(t *testing.T) {
 	if out, err := exec.Command("e2fsck", "-fn", img.Path).CombinedOutput(); err != nil {
 		t.Errorf("e2fsck: %v\n%s", err, out)
 	}
-	out, err := exec.Command("debugfs", "-R", "cat /etc/os-release", img.Path).Output()
+	out, err := exec.Command("debugfs", "-R", "cat /usr/lib/os-release", img.Path).Output()
 	if err != nil || !strings.Contains(string(out), `VERSION_ID="12"`) {
 		t.Errorf("os-release: %v\n%s", err, out)
 	}

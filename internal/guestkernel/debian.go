@@ -93,7 +93,7 @@ func (s *Store) buildDebian(ctx context.Context, b *artifact.Build, progress fun
 		return fmt.Errorf("unpacking Debian's kernel package: %w", err)
 	}
 	if err := extractKernel(compressed, filepath.Join(b.Out, imageFile)); err != nil {
-		return fmt.Errorf("Debian's kernel: %w", err)
+		return fmt.Errorf("taking the kernel out of Debian's package: %w", err)
 	}
 	files, err := findModules(modulesDir)
 	if err != nil {
