@@ -474,3 +474,63 @@ func TestNoLeaks(t *testing.T) {
 	}
 	eventually(t, "the agent's descriptors are closed", func() bool { return fds() <= before })
 }
+
+// TestTwoAtOnce ends one command's tree while another command runs: what belongs
+// to which cannot be told by who is left.
+func TestTwoAtOnce(t *testing.T) {
+	a := startAgent(t)
+	other := marker()
+	ctx, cancel := context.WithCancel(testContext(t))
+	defer cancel()
+	started := make(chan struct{})
+	go func() {
+		_, _ = a.Exec(ctx, guestproto.ExecRequest{Command: "(setsid sleep 999." + other + " &); sleep 999." + other}, execStarted(func() { close(started) }))
+	}()
+	<-started
+	eventually(t, "the other command runs", func() bool { return len(running("sleep\x00999."+other)) == 2 })
+	for _, name := range []string{"background", "setsid", "double fork"} {
+		m := marker()
+		r, err := a.Exec(testContext(t), guestproto.ExecRequest{Command: strings.ReplaceAll(leftovers[name], "$M", m), TimeoutSeconds: 0.2}, guestclient.ExecIO{})
+		if err != nil || !r.TimedOut {
+			t.Errorf("%s: %+v, %v", name, r, err)
+		}
+		if left := running("999." + m); len(left) > 0 {
+			t.Errorf("%s left running: %q", name, left)
+		}
+		if n := len(running("sleep\x00999." + other)); n != 2 {
+			t.Errorf("%s: %d of 2 processes of the other command are left", name, n)
+		}
+	}
+}
+
+// TestStdinAboveTheWindow ends a command whose caller sends what it was not
+// granted.
+func TestStdinAboveTheWindow(t *testing.T) {
+	a := startAgent(t)
+	c, err := a.dial(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	go func() {
+		_, _ = io.WriteString(c, `{"argv":["sleep","99"],"stdin":true,"stream":true}`+"\n")
+		// The pipe to the command takes 64 KiB of it, pipe(7).
+		for range 10 {
+			_ = guestproto.WriteFrame(c, guestproto.FrameStdin, make([]byte, guestproto.MaxFrame))
+		}
+	}()
+	fr := guestproto.NewFrameReader(c)
+	for {
+		typ, p, err := fr.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if typ == guestproto.FrameError {
+			if !strings.Contains(string(p), "window") {
+				t.Errorf("error %s", p)
+			}
+			return
+		}
+	}
+}

@@ -157,9 +157,15 @@ var calls = map[string]func(context.Context, *guestclient.Client) error{
 		_, err := c.StartService(ctx, guestproto.StartService{ServiceName: "s", Command: "x"})
 		return err
 	},
-	"service status": func(ctx context.Context, c *guestclient.Client) error { _, err := c.StatusService(ctx, "s"); return err },
-	"service logs":   func(ctx context.Context, c *guestclient.Client) error { _, err := c.LogsService(ctx, "s", nil); return err },
-	"stop service":   func(ctx context.Context, c *guestclient.Client) error { _, err := c.StopService(ctx, "s"); return err },
+	"service status": func(ctx context.Context, c *guestclient.Client) error {
+		_, err := c.StatusService(ctx, "s")
+		return err
+	},
+	"service logs": func(ctx context.Context, c *guestclient.Client) error {
+		_, err := c.LogsService(ctx, "s", nil)
+		return err
+	},
+	"stop service": func(ctx context.Context, c *guestclient.Client) error { _, err := c.StopService(ctx, "s"); return err },
 }
 
 // TestEveryCallSurvives lets every call meet every kind of bad answer: each is
@@ -245,6 +251,11 @@ func (e endless) Read(b []byte) (int, error) {
 	}
 	return len(b), nil
 }
+
+// pieces yields so many bytes at a time, without end.
+type pieces int
+
+func (p pieces) Read(b []byte) (int, error) { return min(int(p), len(b)), nil }
 
 func TestHello(t *testing.T) {
 	const good = `{"protocol":1,"agent_version":"1.0","boot_id":"b","capabilities":["tty"],"kernel":"6.1"`
@@ -367,7 +378,7 @@ func TestStdinIsNotRead(t *testing.T) {
 			}
 			_, _ = io.WriteString(conn, frame(20, result0))
 		})
-		_, err := c.Exec(testContext(t), guestproto.ExecRequest{Command: "x"}, guestclient.ExecIO{Stdin: endless('x')})
+		_, err := c.Exec(testContext(t), guestproto.ExecRequest{Command: "x"}, guestclient.ExecIO{Stdin: pieces(30_000)})
 		if err != nil || got.Load() != guestproto.StdinWindow {
 			t.Errorf("%d bytes were sent, %v", got.Load(), err)
 		}
