@@ -130,7 +130,7 @@ func runProcess(version string, o options, stderr io.Writer) error {
 	// what a virtual machine gets at its boot.
 	sandbox := o.dial != "" && os.Getpid() == 1
 	if sandbox {
-		boot.PrepareSandbox()
+		runner.Workload = workload(boot.PrepareSandbox(), logger)
 		if err := os.MkdirAll(defaultCwd, 0o755); err != nil {
 			logger.Warn("making the workspace", "err", err)
 		}
@@ -202,18 +202,7 @@ func serveMachine(version string, system *boot.System) error {
 	if err != nil {
 		return fmt.Errorf("starting to collect processes: %w", err)
 	}
-	runner := &process.Runner{Reaper: reaper}
-	if system.CgroupMount != "" {
-		w, missing, err := process.NewWorkload(system.CgroupMount, system.MemoryMax, system.PIDsMax)
-		if err != nil {
-			logger.Warn("commands run without a control group", "err", err)
-		} else {
-			runner.Workload = w
-			if len(missing) > 0 {
-				logger.Warn("the kernel lacks limits", "controllers", missing)
-			}
-		}
-	}
+	runner := &process.Runner{Reaper: reaper, Workload: workload(system, logger)}
 	if err := os.MkdirAll(defaultCwd, 0o755); err != nil {
 		logger.Warn("making the workspace", "err", err)
 	}
@@ -228,4 +217,20 @@ func serveMachine(version string, system *boot.System) error {
 		return err
 	}
 	return serveChannels(context.Background(), s, logger)
+}
+
+// workload makes the control group for the commands, nil where there is none.
+func workload(system *boot.System, logger *slog.Logger) *process.Workload {
+	if system.CgroupMount == "" {
+		return nil
+	}
+	w, missing, err := process.NewWorkload(system.CgroupMount, system.MemoryMax, system.PIDsMax)
+	if err != nil {
+		logger.Warn("commands run without a control group", "err", err)
+		return nil
+	}
+	if len(missing) > 0 {
+		logger.Warn("the kernel lacks limits", "controllers", missing)
+	}
+	return w
 }

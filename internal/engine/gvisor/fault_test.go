@@ -230,6 +230,24 @@ func TestMemoryHog(t *testing.T) {
 	}
 }
 
+// A fork bomb ends with its command, and the guest is none the worse for it.
+func TestForkBomb(t *testing.T) {
+	e := newEngine(t)
+	if !limited(e.Probe(t.Context()).Facts) {
+		t.Skip("this host has no cgroups to limit with")
+	}
+	m := start(t, e, newSpec(t))
+	r, err := guestclient.New(m.DialGuest, guestclient.Options{}).ExecPlain(t.Context(),
+		guestproto.ExecRequest{Command: "bomb() { bomb | bomb & }; bomb; sleep 60", TimeoutSeconds: 2})
+	if err != nil || !r.TimedOut {
+		t.Fatalf("the bomb ended with %+v, %v", r, err)
+	}
+	// The guest agent and the shell that counts.
+	if got := guest(t, m, "set -- /proc/[0-9]*; echo $#"); got != "2\n" {
+		t.Errorf("afterwards %s processes run", got)
+	}
+}
+
 // One system call that fills more memory than the machine has leaves nobody
 // time to act: the host ends the machine, which says so.
 func TestMemoryBurst(t *testing.T) {

@@ -17,10 +17,10 @@ import (
 // RuntimeVariable is the environment variable that names the runtime to use.
 const RuntimeVariable = "PYRO_RUNSC"
 
-// runtimeFloor is the date of the oldest runsc this engine works with. It is
-// the one that docs/engines.md's measurements began with; older ones were not
-// tried.
-const runtimeFloor = "20260527"
+// runtimeFloor is the date of the oldest runsc this engine works with: the one
+// that runsc/go.mod pins. May 2026's lacked --in-sandbox-cgroup's control groups
+// of version 2, and releases between were not tried.
+const runtimeFloor = "20260905"
 
 // runsc is a runtime binary that may be used.
 type runsc struct {
@@ -138,6 +138,9 @@ func (r runsc) globalFlags(s stage, cgroups bool) []string {
 		"--directfs=true",
 		// The guest agent connects to our socket; no guest can make one.
 		"--host-uds=open",
+		// Control groups inside, with which the guest agent bounds and ends
+		// what a command has started.
+		"--in-sandbox-cgroup=v2",
 		"--host-settings=ignore",
 	}
 	if !cgroups {

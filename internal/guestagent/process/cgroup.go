@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -20,7 +21,48 @@ import (
 type Workload struct {
 	dir     string
 	pidsMax int64 // for one command; 0 means none
+
+	mu sync.Mutex
+	// killed names the groups that lost a process to GuardMemory: gVisor
+	// counts no memory.events.
+	killed map[string]bool
 }
+
+// noteKilled tells the group that pid is in that it loses a process for want of
+// memory. It must be called while pid still runs.
+func (w *Workload) noteKilled(pid int) {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cgroup")
+	if err != nil {
+		return
+	}
+	// "0::/workload/exec-ID", cgroups(7); the command may have made groups below.
+	for element := range strings.SplitSeq(strings.TrimSpace(string(b)), "/") {
+		if strings.HasPrefix(element, execPrefix) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			if w.killed == nil {
+				w.killed = map[string]bool{}
+			}
+			w.killed[element] = true
+			return
+		}
+	}
+}
+
+func (w *Workload) lost(group string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.killed[group]
+}
+
+func (w *Workload) forget(group string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.killed, group)
+}
+
+// execPrefix begins the name of each command's group.
+const execPrefix = "exec-"
 
 // NewWorkload makes the workload's group below the cgroup2 file system at
 // mount. memoryMax in bytes and pidsMax bound all commands together; 0 means no
@@ -66,16 +108,17 @@ func NewWorkload(mount string, memoryMax, pidsMax int64) (w *Workload, missing [
 
 // cgroupTree is a command's tree as a control group, cgroup-v2.rst.
 type cgroupTree struct {
-	dir string
-	fd  int
+	workload *Workload
+	dir      string
+	fd       int
 }
 
 func newCgroupTree(w *Workload, id string) (*cgroupTree, error) {
-	dir := filepath.Join(w.dir, "exec-"+id)
+	dir := filepath.Join(w.dir, execPrefix+id)
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("making the command's control group: %w", err)
 	}
-	t := &cgroupTree{dir: dir, fd: -1}
+	t := &cgroupTree{workload: w, dir: dir, fd: -1}
 	if w.pidsMax > 0 {
 		// Absent where the controller is; the workload's bound still holds.
 		_ = os.WriteFile(filepath.Join(dir, "pids.max"), []byte(strconv.FormatInt(w.pidsMax, 10)), 0)
@@ -141,10 +184,11 @@ func (t *cgroupTree) empty() bool {
 
 func (t *cgroupTree) oomKilled() bool {
 	n, ok := readCounter(filepath.Join(t.dir, "memory.events"), "oom_kill")
-	return ok && n > 0
+	return ok && n > 0 || t.workload.lost(filepath.Base(t.dir))
 }
 
 func (t *cgroupTree) remove() {
+	t.workload.forget(filepath.Base(t.dir))
 	_ = unix.Close(t.fd)
 	// Deepest first: a group with groups in it cannot be removed.
 	var dirs []string

@@ -9,12 +9,16 @@ import (
 	"time"
 )
 
-// A sandbox has no control group to hold its workload below the memory that it
-// has in all, and the host ends the whole sandbox that goes over it. So the
-// largest process is killed while there is still some room.
+// A sandbox has no control group that would hold its workload below the memory
+// that it has in all (gVisor's count memory and enforce nothing), and the host
+// ends the whole sandbox that goes over it. So the largest process is killed
+// while there is still some room.
 const (
 	// roomShare is the part of the memory, one in so many, that stays free.
 	roomShare = 10
+	// worthKilling is the part of the memory, one in so many, that a process
+	// must have to be killed.
+	worthKilling = 32
 	// fillRate is how fast a guest may fill memory, in bytes per second. Reading
 	// /dev/zero in one call of 900 MiB takes gVisor 0.2 s.
 	fillRate = 8 << 30
@@ -42,7 +46,7 @@ func (r *Runner) GuardMemory(ctx context.Context) {
 		case !ok:
 			pause = lookMax
 		case free < total/roomShare:
-			r.killLargest()
+			r.killLargest(total)
 		default:
 			// As long as the fastest guest needs for half of what is free.
 			pause = min(max(time.Duration(free/2)*time.Second/fillRate, lookMin), lookMax)
@@ -52,8 +56,10 @@ func (r *Runner) GuardMemory(ctx context.Context) {
 }
 
 // killLargest kills the process with the most memory of its own, apart from
-// this one, and notes it with the command that it belongs to.
-func (r *Runner) killLargest() {
+// this one, and notes it with the command that it belongs to. Where the largest
+// is small the memory is not in processes (in files of a tmpfs, say), and
+// killing one would not help.
+func (r *Runner) killLargest(total int64) {
 	var largest entry
 	var most int64
 	for _, e := range listProcesses() {
@@ -64,15 +70,19 @@ func (r *Runner) killLargest() {
 			largest, most = e, n
 		}
 	}
-	if most == 0 {
+	if most < total/worthKilling {
 		return
 	}
 	r.active.noteKilled(largest.pid)
+	if r.Workload != nil {
+		r.Workload.noteKilled(largest.pid)
+	}
 	signalEntry(largest, syscall.SIGKILL)
-	// Its memory comes back when it is gone, not when it is told.
+	// Its memory comes back some time after it is gone, gVisor gives it back in
+	// the background: until then the next largest is not to blame.
 	waitFor(time.Second, func() bool {
-		now, ok := readEntry(largest.pid)
-		return !ok || now.dead() || now.started != largest.started
+		_, free, ok := memory()
+		return ok && free >= total/roomShare
 	})
 }
 
