@@ -1,5 +1,7 @@
 package api
 
+import "encoding/base64"
+
 // DiskEntry is one file, directory or symlink on a disk that was looked at
 // without starting it. Special files (devices, pipes, sockets) have none.
 type DiskEntry struct {
@@ -13,6 +15,18 @@ type DiskEntry struct {
 	PathBase64       string  `json:"path_base64,omitempty"`
 	// SizeBytes is 0 for a directory and the target's length for a symlink.
 	SizeBytes int64 `json:"size_bytes"`
+}
+
+// RawPath is the entry's path byte for byte, as other disk calls take it.
+func (e DiskEntry) RawPath() (string, error) {
+	if e.PathBase64 == "" {
+		return e.Path, nil
+	}
+	raw, err := base64.StdEncoding.DecodeString(e.PathBase64)
+	if err != nil {
+		return "", Errorf(ErrInvalid, "decoding path_base64: %w", err)
+	}
+	return string(raw), nil
 }
 
 // The values of artifact_type.

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/testenv"
@@ -35,6 +36,11 @@ func secretTree(t testing.TB) string {
 	writeFile(t, dir, "run-is-not-run/pyro-secrets", "kept")
 	if err := os.Link(dir+"/run/pyro-shells/1/log", dir+"/run/pyro-secrets/twice"); err != nil {
 		t.Fatal(err)
+	}
+	// A large attribute lies in a block of its own.
+	attr := []byte(strings.Repeat(token, 30))
+	if err := unix.Setxattr(dir+"/run/pyro-secrets/small", "user.secret", attr, 0); err != nil {
+		t.Logf("no xattrs on this filesystem: %v", err)
 	}
 	return dir
 }
