@@ -14,9 +14,13 @@ help: ## show this list
 setup: ## install the host packages and Go, then build
 	./setup.sh
 
-build: ## build bin/pyro and bin/pyro-agent
+build: bin/pyro-runsc ## build bin/pyro, bin/pyro-agent and bin/pyro-runsc
 	$(GOBUILD) -ldflags "$(LDFLAGS) -X github.com/pyro-mcp/pyro/internal/cli.Version=$(VERSION)" -o bin/pyro ./cmd/pyro
 	$(GOBUILD) -ldflags "$(LDFLAGS)" -o bin/pyro-agent ./cmd/pyro-agent
+
+# gVisor's runtime: minutes the first time, and only when its module changes.
+bin/pyro-runsc: runsc/main.go runsc/go.mod runsc/go.sum
+	cd runsc && $(GOBUILD) -ldflags "$(LDFLAGS)" -o ../bin/pyro-runsc .
 
 test: ## run the tests that need no guest, with the race detector
 	go test -race ./...
@@ -43,7 +47,7 @@ check: lint test ## what must pass before a commit
 
 install: build man ## install into PREFIX (default /usr/local)
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/man/man1
-	install -m 755 bin/pyro bin/pyro-agent $(DESTDIR)$(PREFIX)/bin/
+	install -m 755 bin/pyro bin/pyro-agent bin/pyro-runsc $(DESTDIR)$(PREFIX)/bin/
 	install -m 644 bin/man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1/
 
 man: build ## write the manual pages to bin/man

@@ -219,6 +219,9 @@ func (s *supervisor) boot(ctx context.Context, eng engine.Engine, notes []string
 	caps := eng.Probe(ctx)
 	spec := s.cfg.Spec
 	spec.Console, spec.Logger = s.console, s.log
+	if err := os.MkdirAll(spec.Dir, 0o700); err != nil {
+		return fmt.Errorf("making the engine's directory: %w", err)
+	}
 	m, err := eng.Start(ctx, spec)
 	if err != nil {
 		return causeOf(ctx, err)

@@ -11,13 +11,20 @@ import (
 
 // Programs builds pyro and pyro-agent into dir, as make build does, with the
 // race detector in pyro if race is set. The go command's cache makes this quick
-// from the second time on.
+// from the second time on. pyro-runsc takes minutes to build: the one that make
+// build made is linked into dir, if there is one.
 func Programs(dir string, race bool) error {
 	_, self, _, ok := runtime.Caller(0)
 	if !ok {
 		return fmt.Errorf("cannot tell where the sources are")
 	}
 	root := filepath.Dir(filepath.Dir(filepath.Dir(self)))
+	runsc := filepath.Join(root, "bin", "pyro-runsc")
+	if _, err := os.Stat(runsc); err == nil {
+		if err := os.Symlink(runsc, filepath.Join(dir, "pyro-runsc")); err != nil {
+			return err
+		}
+	}
 	for _, p := range []struct {
 		name string
 		race bool

@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/engine/gvisor"
 	"github.com/pyro-mcp/pyro/internal/engine/host"
 	"github.com/pyro-mcp/pyro/internal/engine/qemu"
 )
@@ -22,6 +23,7 @@ func Engines(noteFile string, log *slog.Logger) []engine.Engine {
 			NoteFile: noteFile,
 			Logger:   log,
 		}),
+		gvisor.New(gvisor.Options{Logger: log}),
 		host.New(),
 	}
 }

@@ -47,9 +47,6 @@ func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (_ engine.M
 	files := &opener{}
 	defer files.closeAll() // QEMU has its own descriptors by then
 
-	if err := os.MkdirAll(spec.Dir, 0o700); err != nil {
-		return nil, fmt.Errorf("starting qemu: %w", err)
-	}
 	disk := filepath.Join(spec.Dir, "disk.qcow2")
 	if _, err := os.Lstat(disk); err != nil {
 		if err := e.createOverlay(ctx, disk, spec); err != nil {
