@@ -10,6 +10,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/engine/enginetest"
+	"github.com/pyro-mcp/pyro/internal/engine/gvisor"
 	"github.com/pyro-mcp/pyro/internal/engine/host"
 	"github.com/pyro-mcp/pyro/internal/engine/qemu"
 	"github.com/pyro-mcp/pyro/internal/environment"
@@ -48,6 +49,16 @@ func TestQEMU(t *testing.T) {
 	caps := e.Probe(t.Context())
 	testenv.Require(t, "qemu", caps.Available, caps.Detail)
 	enginetest.Run(t, enginetest.Subject{Engine: e, Spec: bootable(t), SmallestMiB: qemu.MinMemMiB})
+}
+
+func TestGVisor(t *testing.T) {
+	if os.Getenv("PYRO_TEST_ENGINE") != gvisor.Name {
+		t.Skip("runs with PYRO_TEST_ENGINE=gvisor")
+	}
+	e := gvisor.New(gvisor.Options{Runtime: filepath.Join(programs, "pyro-runsc")})
+	caps := e.Probe(t.Context())
+	testenv.Require(t, "gvisor", caps.Available, caps.Detail)
+	enginetest.Run(t, enginetest.Subject{Engine: e, Spec: bootable(t)})
 }
 
 func spec() engine.MachineSpec {
