@@ -123,6 +123,14 @@ type BootWatcher interface {
 	BootFailed(m Machine) (retry bool, note string)
 }
 
+// A Launcher is an Engine whose supervisor may have to be started behind another
+// command, such as one that makes a user namespace.
+type Launcher interface {
+	// Launcher returns the words to put in front of the supervisor's command
+	// line, nil for none. They become that command, in the same process.
+	Launcher() ([]string, error)
+}
+
 // Exit is how a machine ended.
 type Exit struct {
 	// Requested is true after Stop or a power-off from inside.

@@ -10,6 +10,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/engine/gvisor"
 	"github.com/pyro-mcp/pyro/internal/engine/host"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 	"github.com/pyro-mcp/pyro/internal/statedir"
@@ -100,7 +101,7 @@ func removeMachine(ctx context.Context, dir statedir.Machine) error {
 			return err
 		}
 	}
-	if err := os.RemoveAll(dir.Path()); err != nil {
+	if err := gvisor.RemoveDir(ctx, dir.Path()); err != nil {
 		return fmt.Errorf("removing %s: %w", filepath.Base(dir.Path()), err)
 	}
 	return nil

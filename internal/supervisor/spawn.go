@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -27,7 +28,10 @@ const Command = "supervise"
 type SpawnOptions struct {
 	// Binary is the pyro program; a program that embeds the SDK is not one.
 	Binary string
-	Config Config
+	// Launcher is a command line that becomes the program given after it, for
+	// an engine whose supervisor needs other surroundings; usually empty.
+	Launcher []string
+	Config   Config
 	// Hold are files that the supervisor keeps open as long as it lives.
 	Hold []*os.File
 }
@@ -138,7 +142,8 @@ func start(dir statedir.Machine, o SpawnOptions, lock *hostproc.Lock) (_ *Proces
 	}
 	files = append(files, log)
 
-	cmd := exec.Command(o.Binary, Command)
+	argv := append(slices.Clone(o.Launcher), o.Binary, Command)
+	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.ExtraFiles = append([]*os.File{configR, resultW, control, guest, lock.File(), leaseR}, o.Hold...)
 	// What the runtime prints when it panics; the supervisor's own log goes to
 	// the same file, bounded.

@@ -139,9 +139,15 @@ func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req api.
 			hold = append(hold, kernel.Lock)
 		}
 	}
+	var launcher []string
+	if l, ok := c.Engine.(engine.Launcher); ok {
+		if launcher, err = l.Launcher(); err != nil {
+			return nil, err
+		}
+	}
 	req.Progress(api.Progress{Phase: "boot", Message: "starting a guest: " + c.Detail})
 	return supervisor.Spawn(ctx, supervisor.SpawnOptions{
-		Binary: binary, Hold: hold,
+		Binary: binary, Launcher: launcher, Hold: hold,
 		Config: supervisor.Config{
 			Dir: dir.Path(), Engine: c.Name(), Require: req.Require, Spec: spec,
 			NoteFile: m.state.AcceleratorFile(), TTL: req.TTL, Leased: true, Ephemeral: true,

@@ -125,7 +125,7 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 	undo.add(ns.close)
 
 	m := &machine{
-		runsc: rt, ns: ns, stage: stage(top), id: spec.ID, ephemeral: spec.Ephemeral, limits: lim,
+		runsc: rt, ns: ns, stage: stage(top), id: spec.ID, dir: spec.Dir, ephemeral: spec.Ephemeral, limits: lim,
 		layer: layer, logger: spec.Logger,
 		attached: make(chan struct{}), ended: make(chan struct{}), gone: make(chan struct{}),
 	}
@@ -207,7 +207,7 @@ func openParts(ctx context.Context, rootImage *os.File, spec engine.MachineSpec)
 	if err != nil {
 		return parts{}, err
 	}
-	layer, err := openLayer(ctx, spec.Dir, sizeMiB)
+	layer, err := openLayer(ctx, spec.Dir, sizeMiB, spec.Ephemeral)
 	if err != nil {
 		return parts{}, err
 	}

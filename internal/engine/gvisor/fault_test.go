@@ -62,7 +62,7 @@ func TestKillSupervisor(t *testing.T) {
 		at    string
 		after time.Duration
 	}{
-		{"starting", 0}, {"starting", 5 * time.Millisecond}, {"starting", 20 * time.Millisecond},
+		{"starting", 0}, {"starting", 5 * time.Millisecond}, {"starting", 10 * time.Millisecond}, {"starting", 15 * time.Millisecond}, {"starting", 20 * time.Millisecond}, {"starting", 30 * time.Millisecond},
 		{"started", 0}, {"started", 5 * time.Millisecond}, {"started", 20 * time.Millisecond},
 		{"started", 40 * time.Millisecond}, {"started", 60 * time.Millisecond}, {"started", 80 * time.Millisecond},
 		{"started", 100 * time.Millisecond}, {"running", 0}, {"running", 200 * time.Millisecond},

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/hostproc"
 )
 
 // LayerFile is the name of the writable layer in a machine's Dir: an ext4 image
@@ -37,7 +38,7 @@ const layerBlock = 4096
 
 // layerFeatures are the ext4 features of a new layer, spelled out so that every
 // host makes the same image and every reader of ours knows it.
-const layerFeatures = "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit," +
+const layerFeatures = "none,ext_attr,resize_inode,dir_index,filetype,extent,64bit," +
 	"flex_bg,sparse_super,large_file,huge_file,dir_nlink,extra_isize,metadata_csum"
 
 // layerWait is how long opening a layer waits for the kernel to let go of it
@@ -49,11 +50,11 @@ const layerWait = 60 * time.Second
 // sizeMiB large, and locked: the lock is held until the returned file and every
 // loop device on it are gone, so no two kernels' worth of caches ever write to
 // one image. It waits for a holder that is on its way out.
-func openLayer(ctx context.Context, dir string, sizeMiB int64) (*layer, error) {
+func openLayer(ctx context.Context, dir string, sizeMiB int64, ephemeral bool) (*layer, error) {
 	path := filepath.Join(dir, LayerFile)
 	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, os.ErrNotExist) {
-		if err := makeLayer(ctx, path, sizeMiB); err != nil {
+		if err := makeLayer(ctx, path, sizeMiB, ephemeral); err != nil {
 			return nil, err
 		}
 		f, err = os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
@@ -109,17 +110,22 @@ func (l *layer) release() error {
 	return lockWait(context.Background(), f)
 }
 
-// makeLayer makes a sparse ext4 image. A crash leaves at most a file of another
-// name, which the next attempt overwrites.
-func makeLayer(ctx context.Context, path string, sizeMiB int64) error {
-	tmp := path + ".new"
-	if err := os.Remove(tmp); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("making the writable layer: %w", err)
+// makeLayer makes a sparse ext4 image, without a journal where nobody will
+// mount it a second time. A crash leaves at most a file of another
+// name, which the next attempt removes. Each attempt has a name of its own: the
+// mke2fs of a process that was killed may outlive it for a moment.
+func makeLayer(ctx context.Context, path string, sizeMiB int64, ephemeral bool) error {
+	leftovers, _ := filepath.Glob(path + ".*.new")
+	for _, l := range leftovers {
+		if err := os.Remove(l); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("making the writable layer: %w", err)
+		}
 	}
-	f, err := os.OpenFile(tmp, os.O_RDWR|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
+	f, err := os.CreateTemp(filepath.Dir(path), LayerFile+".*.new") // mode 0600
 	if err != nil {
 		return fmt.Errorf("making the writable layer: %w", err)
 	}
+	tmp := f.Name()
 	defer os.Remove(tmp)
 	defer f.Close()
 	if err := f.Truncate(max(sizeMiB, minLayerMiB) << 20); err != nil {
@@ -129,13 +135,24 @@ func makeLayer(ctx context.Context, path string, sizeMiB int64) error {
 	if err != nil {
 		return err
 	}
+	features := layerFeatures
+	if !ephemeral {
+		features += ",has_journal"
+	}
 	// A fresh sparse file reads as zeros, so neither the inode tables nor the
 	// journal need writing now, and nothing needs discarding.
 	cmd := exec.CommandContext(ctx, mke2fs, "-q", "-F", "-t", "ext4", "-b", strconv.Itoa(layerBlock), "-m", "0",
-		"-O", layerFeatures, "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0", tmp)
+		"-O", features, "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0", tmp)
 	cmd.Env = []string{"LC_ALL=C", "PATH=" + os.Getenv("PATH")}
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("making the writable layer: running mke2fs: %w: %s", err, lastLine(out))
+	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	out := &cappedBuffer{max: 16 << 10}
+	cmd.Stdout, cmd.Stderr = out, out
+	err = hostproc.StartTied(cmd)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	if err != nil {
+		return fmt.Errorf("making the writable layer: running mke2fs: %w: %s", err, lastLine(out.Bytes()))
 	}
 	if err := os.Rename(tmp, path); err != nil {
 		return fmt.Errorf("making the writable layer: %w", err)

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -30,6 +32,7 @@ type machine struct {
 	ns        *namespace
 	stage     stage
 	id        string
+	dir       string
 	ephemeral bool
 	limits    *limits
 	layer     *layer
@@ -271,6 +274,13 @@ func (m *machine) watch(console *console) {
 func (m *machine) teardown() {
 	if err := m.ns.do(func() error { return m.stage.unmountRoot(m.ephemeral) }); err != nil {
 		m.logger.Error("taking the sandbox's mounts apart", "err", err)
+	}
+	if m.ephemeral && inUserNamespace() {
+		// Files of the guest's users are in it, which whoever removes the
+		// machine's directory from outside of this namespace could not.
+		if err := os.RemoveAll(filepath.Join(m.dir, LayerDir)); err != nil {
+			m.logger.Warn("removing the writable layer", "err", err)
+		}
 	}
 	m.ns.close()
 	if err := m.layer.release(); err != nil {

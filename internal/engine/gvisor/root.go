@@ -93,7 +93,7 @@ func (s stage) mountRoot(rootImage, layer *os.File, ephemeral bool) error {
 	// to write them, which would make the sparse file fat.
 	options := "noinit_itable"
 	if ephemeral {
-		options += ",nobarrier,data=writeback,journal_async_commit"
+		options += ",nobarrier"
 	}
 	if err := mountImage(layer, s.layer(), false, options); err != nil {
 		return fmt.Errorf("mounting the writable layer: %w", err)

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/engine"
 )
 
 // Without root a machine runs in a user namespace of its owner's: the whole
@@ -25,9 +26,10 @@ import (
 // directory: that of a machine without root.
 const LayerDir = "layer"
 
-// Launcher returns the command line that a supervisor of this engine's machines
-// must be started behind, nil for none: as root, or in a user namespace already.
-// It becomes the given command, in the same process, with the same open files.
+var _ engine.Launcher = (*Engine)(nil)
+
+// Launcher implements engine.Launcher. As root, of the host or of a user
+// namespace, there is none.
 func (e *Engine) Launcher() ([]string, error) {
 	if os.Geteuid() == 0 {
 		return nil, nil
