@@ -87,17 +87,17 @@ func TestDiskIsBounded(t *testing.T) {
 		t.Skip("without root the disk is a directory")
 	}
 	spec := newSpec(t)
-	spec.DiskMiB = 32
+	spec.DiskMiB = 100 // rounded up to 128
 	m := start(t, e, spec)
-	got := guest(t, m, "dd if=/dev/zero of=/workspace/big bs=1M count=100 2>&1 | cat")
+	got := guest(t, m, "dd if=/dev/zero of=/workspace/big bs=1M count=200 2>&1 | cat")
 	if !strings.Contains(got, "No space left on device") {
-		t.Errorf("writing 100 MiB to a disk of 32 MiB: %s", got)
+		t.Errorf("writing 200 MiB to a disk of 128 MiB: %s", got)
 	}
 	guest(t, m, "rm /workspace/big && echo fits >/workspace/small")
 	if err := m.Stop(t.Context(), 10*time.Second); err != nil {
 		t.Fatal(err)
 	}
-	if st, err := os.Stat(filepath.Join(spec.Dir, gvisor.LayerFile)); err != nil || st.Size() != 32<<20 {
+	if st, err := os.Stat(filepath.Join(spec.Dir, gvisor.LayerFile)); err != nil || st.Size() != 128<<20 {
 		t.Errorf("the layer is %d bytes, %v", st.Size(), err)
 	}
 }

@@ -42,8 +42,6 @@ func (e *Engine) Probe(ctx context.Context) engine.Capabilities {
 		need("privileges", "root", nil)
 		need("loop devices", "available", checkLoop())
 		filesystems = append(filesystems, "ext4")
-		_, err = findTool("mke2fs")
-		need("e2fsprogs", "installed", err)
 	} else {
 		need("user namespaces", "allowed", checkUserNamespaces(readLine))
 		_, err := e.Launcher()
