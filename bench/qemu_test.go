@@ -33,7 +33,7 @@ import (
 
 func BenchmarkQEMUColdStartToFirstOutput(b *testing.B) {
 	f := newFixture(b)
-	compare(b, 5, func() time.Duration {
+	compare(b, 9, func() time.Duration {
 		cmd := exec.Command(program("pyro"), "run", "--quiet", "--engine", "qemu", "debian:12", "--", "echo", "up")
 		cmd.Env = append(os.Environ(), "PYRO_STATE_DIR="+filepath.Join(b.TempDir(), "state"))
 		out, err := cmd.StdoutPipe()

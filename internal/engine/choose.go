@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"strings"
+	"sync"
 
 	"github.com/pyro-mcp/pyro/api"
 )
@@ -30,13 +31,26 @@ type Candidate struct {
 	Capabilities
 }
 
-// ProbeAll probes every engine.
+// ProbeAll probes every engine, all at once.
 func ProbeAll(ctx context.Context, engines []Engine) []Candidate {
 	out := make([]Candidate, len(engines))
+	var wg sync.WaitGroup
 	for i, e := range engines {
-		out[i] = Candidate{e, e.Probe(ctx)}
+		wg.Go(func() { out[i] = Candidate{e, e.Probe(ctx)} })
 	}
+	wg.Wait()
 	return out
+}
+
+// Pick probes what want leaves open, and chooses. An engine that is named is
+// the only one that is probed.
+func Pick(ctx context.Context, engines []Engine, want Choice) (Candidate, error) {
+	for _, e := range engines {
+		if e.Name() == want.Engine {
+			return Choose(ProbeAll(ctx, []Engine{e}), want)
+		}
+	}
+	return Choose(ProbeAll(ctx, engines), want)
 }
 
 // Choose picks the engine for a new machine. Automatic choice takes the

@@ -114,6 +114,12 @@ type Pauser interface {
 	Resume(ctx context.Context) error
 }
 
+// A Describer is an Engine that knows more facts for doctor than Probe tells,
+// because finding them out takes too long for every start.
+type Describer interface {
+	Describe(ctx context.Context) []api.Fact
+}
+
 // A BootWatcher is an Engine that can do better after a guest that never came
 // up, by starting the next one in another way.
 type BootWatcher interface {

@@ -30,9 +30,13 @@ func (m *Manager) Doctor(ctx context.Context, environmentName string) (*api.Doct
 		r.Selected = best.Name()
 	}
 	for _, c := range candidates {
+		facts := append([]api.Fact{}, c.Facts...)
+		if d, ok := c.Engine.(engine.Describer); ok {
+			facts = append(d.Describe(ctx), facts...)
+		}
 		r.Engines = append(r.Engines, api.EngineReport{
 			Engine: c.Name(), Available: c.Available, Isolation: c.Isolation, Detail: c.Detail, Remedy: c.Remedy,
-			Facts: append([]api.Fact{}, c.Facts...), Selected: r.OK && c.Name() == r.Selected,
+			Facts: facts, Selected: r.OK && c.Name() == r.Selected,
 		})
 	}
 	r.Facts = []api.Fact{

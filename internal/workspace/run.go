@@ -33,7 +33,7 @@ func (m *Manager) Run(ctx context.Context, req api.RunRequest) (_ *api.ExecResul
 		return nil, err
 	}
 	m.reap(ctx)
-	candidate, err := engine.Choose(engine.ProbeAll(ctx, m.engines), engine.Choice{
+	candidate, err := engine.Pick(ctx, m.engines, engine.Choice{
 		Engine: req.Engine, Require: req.Require, AllowHostCompat: req.AllowHostCompat,
 	})
 	if err != nil {

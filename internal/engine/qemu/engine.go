@@ -40,6 +40,7 @@ type Engine struct {
 var (
 	_ engine.Engine      = (*Engine)(nil)
 	_ engine.BootWatcher = (*Engine)(nil)
+	_ engine.Describer   = (*Engine)(nil)
 )
 
 // New returns the engine.

@@ -29,7 +29,7 @@ const (
 const tcgTimeScale = 15
 
 // Probe implements [engine.Engine].
-func (e *Engine) Probe(ctx context.Context) engine.Capabilities {
+func (e *Engine) Probe(context.Context) engine.Capabilities {
 	c := engine.Capabilities{NeedsImage: true, NeedsKernel: true}
 	if runtime.GOARCH != "amd64" {
 		c.Detail = "pyro boots QEMU guests on x86-64 hosts only, and this is " + runtime.GOARCH
@@ -42,7 +42,6 @@ func (e *Engine) Probe(ctx context.Context) engine.Capabilities {
 			return c
 		}
 	}
-	c.Facts = append(c.Facts, api.Fact{Name: "qemu", Value: e.version(ctx), OK: true})
 	accel, fact, err := e.accelerator()
 	c.Facts = append(c.Facts, fact)
 	if err != nil {
@@ -59,6 +58,14 @@ func (e *Engine) Probe(ctx context.Context) engine.Capabilities {
 	c.Isolation, c.TimeScale = api.IsolationVMEmulated, tcgTimeScale
 	c.Detail = "virtual machine on software emulation (TCG), 10 to 20 times slower than the processor"
 	return c
+}
+
+// Describe implements [engine.Describer].
+func (e *Engine) Describe(ctx context.Context) []api.Fact {
+	if _, err := exec.LookPath(e.binary); err != nil {
+		return nil
+	}
+	return []api.Fact{{Name: "qemu", Value: e.version(ctx), OK: true}}
 }
 
 // accelerator says which accelerator to use, with the fact behind it. An error
