@@ -34,10 +34,14 @@ const maxHostTasks = 16384
 
 func sandboxOverheadMiB(memMiB int) int { return 256 + memMiB/2 }
 
+// cpuPeriod is the kernel's default period of processor quotas, in microseconds.
+const cpuPeriod = 100_000
+
 // limits is the set of cgroups around one machine. A nil limits does nothing.
 type limits struct {
 	name   string
 	memMiB int
+	vcpus  int
 	// dirs are the group's directories by controller: three in cgroup v1, one
 	// under the key "" in cgroup v2.
 	dirs map[string]string
@@ -112,19 +116,20 @@ func newLimits(id string, memMiB, vcpus int) (*limits, error) {
 		name: fmt.Sprintf("%s%s.%d.%d", cgroupPrefix, id, self.PID, self.StartTime),
 		dirs: map[string]string{},
 	}
-	l.memMiB = memMiB
+	l.memMiB, l.vcpus = memMiB, vcpus
 	// What the guest sees as its memory is the limit that runsc finds at the
-	// start; allowOverhead raises it once runsc has looked.
+	// start; settle raises it once runsc has looked.
 	memory := strconv.FormatInt(int64(memMiB)<<20, 10)
-	const period = 100_000 // microseconds, the kernel's default
-	quota := vcpus * period
+	// Two processors are the fewest that runsc shows a guest. They are also what
+	// a start makes use of; settle takes the second away again.
+	quota := max(vcpus, 2) * cpuPeriod
 	type setting struct{ controller, file, value string }
 	var settings []setting
 	if kind == cgroupV1 {
 		settings = []setting{
 			{"memory", "memory.limit_in_bytes", memory},
 			{"pids", "pids.max", strconv.Itoa(maxHostTasks)},
-			{"cpu", "cpu.cfs_period_us", strconv.Itoa(period)},
+			{"cpu", "cpu.cfs_period_us", strconv.Itoa(cpuPeriod)},
 			{"cpu", "cpu.cfs_quota_us", strconv.Itoa(quota)},
 		}
 	} else {
@@ -136,7 +141,7 @@ func newLimits(id string, memMiB, vcpus int) (*limits, error) {
 			{"", "memory.max", memory},
 			{"", "memory.oom.group", "1"}, // half a sandbox is of no use
 			{"", "pids.max", strconv.Itoa(maxHostTasks)},
-			{"", "cpu.max", fmt.Sprintf("%d %d", quota, period)},
+			{"", "cpu.max", fmt.Sprintf("%d %d", quota, cpuPeriod)},
 		}
 	}
 	for _, s := range settings {
@@ -165,18 +170,29 @@ func (l *limits) path() string {
 	return "/" + l.name
 }
 
-// allowOverhead adds to the memory limit what the sandbox itself needs.
-func (l *limits) allowOverhead() error {
+// settle sets the limits that hold from the guest's first answer on: the memory
+// that the sandbox itself needs comes on top, and the processors are as many as
+// the machine was given.
+func (l *limits) settle() error {
 	if l == nil {
 		return nil
 	}
-	file := filepath.Join(l.dirs["memory"], "memory.limit_in_bytes")
-	if dir, ok := l.dirs[""]; ok {
-		file = filepath.Join(dir, "memory.max")
+	memory := strconv.FormatInt(int64(l.memMiB+sandboxOverheadMiB(l.memMiB))<<20, 10)
+	quota := strconv.Itoa(l.vcpus * cpuPeriod)
+	files := map[string]string{
+		filepath.Join(l.dirs["memory"], "memory.limit_in_bytes"): memory,
+		filepath.Join(l.dirs["cpu"], "cpu.cfs_quota_us"):         quota,
 	}
-	value := strconv.FormatInt(int64(l.memMiB+sandboxOverheadMiB(l.memMiB))<<20, 10)
-	if err := os.WriteFile(file, []byte(value), 0); err != nil {
-		return fmt.Errorf("limiting the machine: %w", err)
+	if dir, ok := l.dirs[""]; ok {
+		files = map[string]string{
+			filepath.Join(dir, "memory.max"): memory,
+			filepath.Join(dir, "cpu.max"):    quota + " " + strconv.Itoa(cpuPeriod),
+		}
+	}
+	for file, value := range files {
+		if err := os.WriteFile(file, []byte(value), 0); err != nil {
+			return fmt.Errorf("limiting the machine: %w", err)
+		}
 	}
 	return nil
 }
@@ -254,7 +270,7 @@ func (l *limits) remove() {
 	if l == nil {
 		return
 	}
-	for deadline := time.Now().Add(reapWait); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(reapWait); ; time.Sleep(time.Millisecond) {
 		removeCgroup(l.name)
 		if len(cgroupDirs(l.name)) == 0 || time.Now().After(deadline) {
 			return

@@ -175,8 +175,8 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 	go func() {
 		m.mux, m.attErr = acceptAgent(attachCtx, listener, token, m.logger)
 		m.children() // while runsc run, by which they are found, lives
-		if err := lim.allowOverhead(); err != nil && m.attErr == nil {
-			m.logger.Warn("giving the sandbox room for itself", "err", err)
+		if err := lim.settle(); err != nil && m.attErr == nil {
+			m.logger.Warn("setting the machine's limits", "err", err)
 		}
 		close(m.attached)
 	}()

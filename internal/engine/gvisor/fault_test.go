@@ -230,6 +230,56 @@ func TestMemoryHog(t *testing.T) {
 	}
 }
 
+// A machine of one processor takes no more than one, however many of its
+// processes want one.
+func TestProcessorIsBounded(t *testing.T) {
+	e := newEngine(t)
+	if !limited(e.Probe(t.Context()).Facts) {
+		t.Skip("this host has no cgroups to limit with")
+	}
+	m := start(t, e, newSpec(t))
+	guest(t, m, "true")
+	before := cpuTime(t, m)
+	begin := time.Now()
+	_, err := guestclient.New(m.DialGuest, guestclient.Options{}).ExecPlain(t.Context(),
+		guestproto.ExecRequest{Command: "for i in 1 2 3 4; do while :; do :; done & done; wait", TimeoutSeconds: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	used, wall := cpuTime(t, m)-before, time.Since(begin)
+	if used > wall*5/4 {
+		t.Errorf("one processor was used for %s in %s", used, wall)
+	}
+}
+
+// cpuTime is the processor time of a machine's cgroup.
+func cpuTime(t *testing.T, m engine.Machine) time.Duration {
+	t.Helper()
+	for _, pid := range m.PIDs() {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(b)) {
+			f := strings.SplitN(strings.TrimSpace(line), ":", 3)
+			if !strings.HasPrefix(f[2], "/pyro-") {
+				continue
+			}
+			var n int64
+			text, _ := os.ReadFile("/sys/fs/cgroup/cpuacct" + f[2] + "/cpuacct.usage")
+			if _, err := fmt.Sscan(string(text), &n); err == nil {
+				return time.Duration(n)
+			}
+			text, _ = os.ReadFile("/sys/fs/cgroup" + f[2] + "/cpu.stat")
+			if _, err := fmt.Sscanf(string(text), "usage_usec %d", &n); err == nil {
+				return time.Duration(n) * time.Microsecond
+			}
+		}
+	}
+	t.Fatal("no cgroup of the machine counts processor time")
+	return 0
+}
+
 // A fork bomb ends with its command, and the guest is none the worse for it.
 func TestForkBomb(t *testing.T) {
 	e := newEngine(t)

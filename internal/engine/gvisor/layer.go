@@ -153,7 +153,7 @@ func fillLayer(f *os.File, sizeMiB int64) error {
 func lockWait(ctx context.Context, f *os.File) error {
 	ctx, cancel := context.WithTimeout(ctx, layerWait)
 	defer cancel()
-	for {
+	for pause := time.Millisecond; ; pause = min(2*pause, 20*time.Millisecond) {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
 			return nil
@@ -166,7 +166,7 @@ func lockWait(ctx context.Context, f *os.File) error {
 		case <-ctx.Done():
 			return api.WithHint(api.Errorf(api.ErrBusy, "the writable layer %s is still in use", f.Name()),
 				"stop the machine that uses it, and try again")
-		case <-time.After(10 * time.Millisecond):
+		case <-time.After(pause):
 		}
 	}
 }
