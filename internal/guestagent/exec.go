@@ -277,7 +277,7 @@ func (e *execution) finish(ctx context.Context, timeout time.Duration) (guestpro
 				o.close()
 			}
 		}
-		<-pumps
+		pumpErr = <-pumps
 	}
 	if ctx.Err() != nil {
 		return guestproto.ExecReply{}, errGone

@@ -138,9 +138,7 @@ func serveChannels(ctx context.Context, s *Server, logger *slog.Logger) error {
 	if l, err := guestconn.ListenVsock(guestproto.Port); err == nil {
 		ways++
 		go func() {
-			if err := s.Serve(ctx, l); err != nil {
-				logger.Error("serving AF_VSOCK", "err", err)
-			}
+			logger.Error("serving AF_VSOCK", "err", s.Serve(ctx, l))
 		}()
 	}
 	port, err := openPort()

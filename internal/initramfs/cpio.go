@@ -46,8 +46,7 @@ func (a *archive) entry(name string, mode uint32, size int64, dev deviceNumber) 
 	name = strings.TrimPrefix(name, "/")
 	fmt.Fprintf(a, "070701%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X%08X",
 		a.inode, mode, 0, 0, links, 0, size, 0, 0, dev.major, dev.minor, len(name)+1, 0)
-	io.WriteString(a, name+"\x00")
-	a.pad(4)
+	a.data([]byte(name + "\x00"))
 }
 
 func (a *archive) data(p []byte) {
