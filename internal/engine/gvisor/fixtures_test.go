@@ -49,6 +49,9 @@ func TestMain(m *testing.M) {
 // newEngine returns the engine, or skips the test where it does not work.
 func newEngine(t testing.TB) *gvisor.Engine {
 	t.Helper()
+	if os.Getenv("PYRO_TEST_ENGINE") != gvisor.Name {
+		t.Skip("runs with PYRO_TEST_ENGINE=gvisor")
+	}
 	e := gvisor.New(gvisor.Options{})
 	c := e.Probe(t.Context())
 	testenv.Require(t, "gvisor", c.Available, c.Detail)
