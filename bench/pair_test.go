@@ -13,20 +13,7 @@ import (
 // programs holds pyro and pyro-agent, built as make build does.
 var programs string
 
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		dir, err := os.MkdirTemp("", "pyro-bench-")
-		if err != nil {
-			panic(err)
-		}
-		defer os.RemoveAll(dir)
-		if err := build.Programs(dir, false); err != nil {
-			panic(err)
-		}
-		programs = dir
-		return m.Run()
-	}())
-}
+func TestMain(m *testing.M) { os.Exit(build.Main(m, &programs, false)) }
 
 func program(name string) string { return filepath.Join(programs, name) }
 

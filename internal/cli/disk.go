@@ -11,9 +11,9 @@ import (
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
+	"github.com/pyro-mcp/pyro"
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/boundedlog"
-	"github.com/pyro-mcp/pyro/internal/workspacedisk"
 )
 
 // diskOptions are those of all disk commands; each uses its part.
@@ -33,16 +33,15 @@ const defaultDiskPath = "/workspace"
 func newDiskCmd(a *app) *cobra.Command {
 	cmd := group("disk", "Look into a disk image without starting it",
 		newDiskListCmd(a), newDiskReadCmd(a), newDiskExportCmd(a), newDiskScrubCmd(a))
-	cmd.Long = `These commands work on any raw or qcow2 image file with an ext4 filesystem, such
-as one that "pyro workspace disk export" wrote. The image may be hostile: nothing
-is mounted, and no other file that the image names is opened. An image that a
-running machine uses is refused.`
+	cmd.Long = `These commands work on any raw or qcow2 image file with an ext4 file system. The
+image may be hostile: nothing is mounted, and no other file that the image names
+is opened. An image that a running machine uses is refused.`
 	return cmd
 }
 
 // newDiskSub returns a disk command with the flag that all share.
 func newDiskSub(o *diskOptions, cmd *cobra.Command) *cobra.Command {
-	cmd.Flags().StringVar(&o.format, "format", string(workspacedisk.FormatAuto), "the image's format: raw, qcow2, or auto, which looks at its first bytes")
+	cmd.Flags().StringVar(&o.format, "format", pyro.DiskAuto, "the image's format: raw, qcow2, or auto, which looks at its first bytes")
 	return cmd
 }
 
@@ -121,20 +120,12 @@ back. It works on a copy that takes the image's place when it is proven clean.`,
 	})
 }
 
-func (o *diskOptions) source() workspacedisk.Source {
-	return workspacedisk.Source{Path: o.image, Format: workspacedisk.Format(o.format)}
-}
-
-func (o *diskOptions) open(ctx context.Context) (*workspacedisk.Disk, error) {
-	return workspacedisk.Open(ctx, o.source(), workspacedisk.Options{})
-}
-
 func runDiskList(ctx context.Context, a *app, o *diskOptions) error {
-	d, err := o.open(ctx)
+	d, err := pyro.OpenDisk(ctx, o.image, o.format)
 	if err != nil {
 		return err
 	}
-	defer d.Close() //nolint:errcheck // nothing was written
+	defer d.Close()
 	list, err := d.List(ctx, o.path, o.recursive)
 	if err != nil {
 		return err
@@ -173,14 +164,13 @@ func (a *app) printEntries(entries []api.DiskEntry) error {
 }
 
 func runDiskRead(ctx context.Context, a *app, o *diskOptions) error {
-	d, err := o.open(ctx)
+	d, err := pyro.OpenDisk(ctx, o.image, o.format)
 	if err != nil {
 		return err
 	}
-	defer d.Close() //nolint:errcheck // nothing was written
+	defer d.Close()
 	if o.contentOnly {
-		_, _, err := d.CopyFile(ctx, a.Out, o.path, o.maxBytes)
-		return err
+		return d.CopyFile(ctx, a.Out, o.path, o.maxBytes)
 	}
 	r, err := d.Read(ctx, o.path, o.maxBytes)
 	if err != nil {
@@ -217,11 +207,11 @@ func (a *app) printDiskRead(r *api.DiskRead) error {
 }
 
 func runDiskExport(ctx context.Context, a *app, o *diskOptions) error {
-	d, err := o.open(ctx)
+	d, err := pyro.OpenDisk(ctx, o.image, o.format)
 	if err != nil {
 		return err
 	}
-	defer d.Close() //nolint:errcheck // nothing was written through it
+	defer d.Close()
 	res, err := d.Export(ctx, o.output)
 	if err != nil {
 		return err
@@ -234,7 +224,7 @@ func runDiskExport(ctx context.Context, a *app, o *diskOptions) error {
 }
 
 func runDiskScrub(ctx context.Context, a *app, o *diskOptions) error {
-	res, err := workspacedisk.Scrub(ctx, o.source(), workspacedisk.Limits{})
+	res, err := pyro.ScrubDisk(ctx, o.image, o.format)
 	if err != nil {
 		return err
 	}

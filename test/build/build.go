@@ -7,7 +7,23 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"testing"
 )
+
+// Main builds the programs into a temporary directory, tells the tests where, and
+// runs them. It is for TestMain: os.Exit(build.Main(m, &programs, false)).
+func Main(m *testing.M, programs *string, race bool) int {
+	dir, err := os.MkdirTemp("", "pyro-programs-")
+	if err != nil {
+		panic(err)
+	}
+	defer os.RemoveAll(dir)
+	if err := Programs(dir, race); err != nil {
+		panic(err)
+	}
+	*programs = dir
+	return m.Run()
+}
 
 // Programs builds pyro and pyro-agent into dir, as make build does, with the
 // race detector in pyro if race is set. The go command's cache makes this quick

@@ -22,20 +22,7 @@ import (
 
 var programs string
 
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		dir, err := os.MkdirTemp("", "pyro-programs-")
-		if err != nil {
-			panic(err)
-		}
-		defer os.RemoveAll(dir)
-		if err := build.Programs(dir, false); err != nil {
-			panic(err)
-		}
-		programs = dir
-		return m.Run()
-	}())
-}
+func TestMain(m *testing.M) { os.Exit(build.Main(m, &programs, false)) }
 
 func TestHost(t *testing.T) {
 	enginetest.Run(t, enginetest.Subject{Engine: host.New(), Spec: spec()})

@@ -27,20 +27,7 @@ import (
 
 var programs string
 
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		dir, err := os.MkdirTemp("", "pyro-programs-")
-		if err != nil {
-			panic(err)
-		}
-		defer os.RemoveAll(dir)
-		if err := build.Programs(dir, raceEnabled); err != nil {
-			panic(err)
-		}
-		programs = dir
-		return m.Run()
-	}())
-}
+func TestMain(m *testing.M) { os.Exit(build.Main(m, &programs, raceEnabled)) }
 
 func TestScripts(t *testing.T) {
 	engine := os.Getenv("PYRO_TEST_ENGINE")
