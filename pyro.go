@@ -49,14 +49,14 @@ type Client struct {
 	m *workspace.Manager
 }
 
-// Open makes the state and cache directories if they are not there and returns
-// a Client. It needs no Close: nothing runs on behalf of a Client but during
+// Open makes the state and cache directories if they are not there, clears up
+// what killed processes left behind, and returns a Client. It needs no Close: nothing runs on behalf of a Client but during
 // its calls.
-func Open(_ context.Context, o *Options) (*Client, error) {
+func Open(ctx context.Context, o *Options) (*Client, error) {
 	if o == nil {
 		o = &Options{}
 	}
-	m, err := workspace.New(workspace.Options{
+	m, err := workspace.New(ctx, workspace.Options{
 		StateDir: o.StateDir, CacheDir: o.CacheDir, Binary: o.Binary, Agent: o.Agent, Engine: o.Engine, Logger: o.Logger,
 	})
 	if err != nil {

@@ -120,6 +120,14 @@ type Describer interface {
 	Describe(ctx context.Context) []api.Fact
 }
 
+// A Reaper is an Engine whose machines can leave something on the host outside
+// their directory when their supervisor is killed.
+type Reaper interface {
+	// Reap removes it, and never touches a machine whose supervisor lives. It
+	// is cheap when there is nothing to do.
+	Reap()
+}
+
 // A BootWatcher is an Engine that can do better after a guest that never came
 // up, by starting the next one in another way.
 type BootWatcher interface {

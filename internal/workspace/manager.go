@@ -47,8 +47,9 @@ type Manager struct {
 	log          *slog.Logger
 }
 
-// New opens the state and cache directories and returns a Manager.
-func New(o Options) (*Manager, error) {
+// New opens the state and cache directories, clears up after processes that were
+// killed, and returns a Manager.
+func New(ctx context.Context, o Options) (*Manager, error) {
 	m := &Manager{
 		engine: cmp.Or(o.Engine, os.Getenv("PYRO_ENGINE"), engine.Auto),
 		log:    cmp.Or(o.Logger, slog.New(slog.DiscardHandler)),
@@ -81,6 +82,7 @@ func New(o Options) (*Manager, error) {
 		return nil, err
 	}
 	m.engines = all.Engines(m.state.AcceleratorFile(), m.log)
+	m.reap(ctx)
 	return m, nil
 }
 
@@ -122,6 +124,11 @@ func (m *Manager) reap(ctx context.Context) {
 	}
 	if len(removed) > 0 {
 		m.log.Info("cleared up abandoned machines", "machines", removed)
+	}
+	for _, e := range m.engines {
+		if r, ok := e.(engine.Reaper); ok {
+			r.Reap()
+		}
 	}
 }
 

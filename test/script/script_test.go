@@ -4,6 +4,7 @@
 package script_test
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,6 +21,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/pyro-mcp/pyro/internal/hostproc"
 	"github.com/pyro-mcp/pyro/internal/statedir"
 	"github.com/pyro-mcp/pyro/internal/testenv"
 	"github.com/pyro-mcp/pyro/test/build"
@@ -216,11 +218,16 @@ func cmdKillAll(ts *testscript.TestScript, neg bool, args []string) {
 	if supervisor == 0 {
 		ts.Fatalf("the command has no supervisor")
 	}
+	id, err := hostproc.Identify(supervisor)
+	ts.Check(err)
 	// Stopped first, so that it cannot react to the death of its caller.
-	ts.Check(syscall.Kill(supervisor, syscall.SIGSTOP))
+	ts.Check(id.Kill(syscall.SIGSTOP))
 	ts.Check(cmd.Process.Kill())
 	_ = cmd.Wait()
-	ts.Check(syscall.Kill(supervisor, syscall.SIGKILL))
+	// Waited for: until the kernel is done with it, it holds the lock.
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	ts.Check(id.KillLadder(ctx, 0))
 	if len(leftovers(ts.Getenv("PYRO_STATE_DIR"))) == 0 {
 		ts.Fatalf("nothing was left behind, so there is nothing to test")
 	}

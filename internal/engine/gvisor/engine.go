@@ -33,7 +33,10 @@ type Engine struct {
 	options Options
 }
 
-var _ engine.Engine = (*Engine)(nil)
+var (
+	_ engine.Engine = (*Engine)(nil)
+	_ engine.Reaper = (*Engine)(nil)
+)
 
 // New returns the engine. It looks at nothing yet.
 func New(o Options) *Engine {
