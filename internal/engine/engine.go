@@ -145,6 +145,10 @@ type Launcher interface {
 	Launcher() ([]string, error)
 }
 
+// ReasonHostDiskFull is the Exit.Reason of a machine that the host had no space
+// left for.
+const ReasonHostDiskFull = "the host's disk is full"
+
 // Exit is how a machine ended.
 type Exit struct {
 	// Requested is true after Stop or a power-off from inside.

@@ -63,6 +63,7 @@ type supervisor struct {
 	mu      sync.Mutex // guards the following
 	machine engine.Machine
 	status  Status
+	expired bool
 }
 
 // Main runs the supervisor in this process, which has been started by [Spawn].
@@ -132,10 +133,13 @@ func newSupervisor(cfg Config) (*supervisor, error) {
 	}, nil
 }
 
+// ReasonExpired is the reason in Status.Exited of a machine whose time was over.
+const ReasonExpired = "its time to live is over"
+
 // The reasons for the end of a machine, as causes of the context.
 var (
 	errStopped = errors.New("stopped on request")
-	errExpired = errors.New("time to live is over")
+	errExpired = errors.New(ReasonExpired)
 	errLease   = errors.New("the command that started it is gone")
 	errSignal  = errors.New("the supervisor was told to end")
 )
@@ -156,7 +160,7 @@ func (s *supervisor) run(resultPipe *os.File, engines []engine.Engine) int {
 		go s.watchLease()
 	}
 	if s.cfg.TTL > 0 {
-		expiry := time.AfterFunc(s.cfg.TTL, func() { s.cancel(errExpired) })
+		expiry := time.AfterFunc(s.cfg.TTL, s.expire)
 		defer expiry.Stop()
 	}
 	err := s.start(ctx, engines)
@@ -364,6 +368,23 @@ func (s *supervisor) serve(ctx context.Context) {
 	server.Close()
 }
 
+// expire ends the machine because its time is over. A caller that holds the
+// lease is left the chance to ask why its command broke off.
+func (s *supervisor) expire() {
+	s.mu.Lock()
+	m, up := s.machine, s.status.ID != ""
+	s.expired = true
+	s.mu.Unlock()
+	if !s.cfg.Leased || !up {
+		s.cancel(errExpired)
+		return
+	}
+	if err := m.Stop(context.Background(), 0); err != nil {
+		s.log.Error("stopping an expired machine", "error", err)
+		s.cancel(errExpired)
+	}
+}
+
 // watchMachine takes note of a machine that ends by itself. A caller that holds
 // the lease will want to know why its command broke off, so the supervisor then
 // stays to be asked until the lease or the time to live is over.
@@ -375,6 +396,9 @@ func (s *supervisor) watchMachine(ctx context.Context, m engine.Machine) {
 	s.log.Info("machine ended", "reason", exit.Reason)
 	s.mu.Lock()
 	s.status.Exited = exit.Reason
+	if s.expired {
+		s.status.Exited = errExpired.Error()
+	}
 	s.mu.Unlock()
 	if !s.cfg.Leased {
 		s.cancel(fmt.Errorf("the machine ended: %s", exit.Reason))

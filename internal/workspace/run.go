@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/dustin/go-humanize"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -105,6 +106,10 @@ func fill(r *api.RunRequest, defaultEngine string) error {
 	return nil
 }
 
+// freeFloor is how much space a machine must find for its disk to begin with. A
+// guest whose host runs full loses what it writes.
+const freeFloor = 64 << 20
+
 // startMachine fetches what the engine needs and starts a supervisor.
 func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req api.RunRequest) (*supervisor.Process, error) {
 	binary, err := m.findBinary()
@@ -114,6 +119,10 @@ func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req api.
 	agent, err := m.findAgent()
 	if err != nil {
 		return nil, err
+	}
+	if free := freeBytes(m.state.Path()); free < freeFloor {
+		return nil, api.WithHint(api.Errorf(api.ErrExhausted, "only %s are free in the state directory %s", humanize.IBytes(uint64(free)), m.state.Path()),
+			"free some space, or put it elsewhere with PYRO_STATE_DIR; pyro env prune removes what nothing uses")
 	}
 	id := newID()
 	dir := m.state.Machine(id)
@@ -206,13 +215,23 @@ func explain(ctx context.Context, p *supervisor.Process, err error) error {
 		return err
 	}
 	if reason, tail := p.Postmortem(ctx); reason != "" {
-		text := "the guest died while the command ran: " + reason
+		text := "the guest ended while the command ran: " + reason
 		if len(tail) > 0 {
 			text += "; its console ends:\n  " + strings.Join(tail, "\n  ")
 		}
-		return api.WithHint(api.Errorf(api.ErrUnavailable, "%s", text), "run it again; if it ran out of memory, raise --mem-mib")
+		return api.WithHint(api.Errorf(api.ErrUnavailable, "%s", text), "%s", endHint(reason))
 	}
 	return err
+}
+
+func endHint(reason string) string {
+	switch reason {
+	case supervisor.ReasonExpired:
+		return "raise --ttl-seconds"
+	case engine.ReasonHostDiskFull:
+		return "free space on the host, where PYRO_STATE_DIR lies"
+	}
+	return "run it again; if it ran out of memory, raise --mem-mib"
 }
 
 func executionMode(i api.Isolation) string {

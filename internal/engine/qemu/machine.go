@@ -144,7 +144,7 @@ func (m *machine) event(name string, data json.RawMessage) {
 		}
 		_ = json.Unmarshal(data, &d)
 		if d.NoSpace {
-			reason = "the host's disk is full"
+			reason = engine.ReasonHostDiskFull
 			// QEMU has paused the guest (werror=enospc). Nothing here can free
 			// space, and a paused guest would only look hung.
 			_ = m.cmd.Process.Kill()
