@@ -106,10 +106,20 @@ const kvmDevice = "/dev/kvm"
 func probeKVM(readFile func(string) ([]byte, error), open func() error) api.Fact {
 	f := api.Fact{Name: "kvm"}
 	err := open()
-	switch {
-	case errors.Is(err, os.ErrNotExist):
+	if errors.Is(err, os.ErrNotExist) {
 		f.Value = "there is no " + kvmDevice
 		f.Remedy = "switch on virtualization in the firmware and load kvm_intel or kvm_amd; inside a virtual machine, allow nested virtualization"
+		return f
+	}
+	// The processor before the permission: no group helps where it cannot.
+	info, infoErr := readFile("/proc/cpuinfo")
+	switch {
+	case infoErr != nil:
+		f.Value = "the processor's flags cannot be read: " + infoErr.Error()
+		return f
+	case !hasFlag(string(info), "vmx") && !hasFlag(string(info), "svm"):
+		f.Value = kvmDevice + " is present but does not work: the processor shows neither vmx nor svm, and stock kernels hang on such a KVM"
+		f.Remedy = "none on this host, unless its own hypervisor allows nested virtualization"
 		return f
 	case errors.Is(err, os.ErrPermission):
 		f.Value = kvmDevice + " is there but not yours to use"
@@ -117,16 +127,6 @@ func probeKVM(readFile func(string) ([]byte, error), open func() error) api.Fact
 		return f
 	case err != nil:
 		f.Value = kvmDevice + " is there but does not work: " + err.Error()
-		return f
-	}
-	info, err := readFile("/proc/cpuinfo")
-	if err != nil {
-		f.Value = "the processor's flags cannot be read: " + err.Error()
-		return f
-	}
-	if !hasFlag(string(info), "vmx") && !hasFlag(string(info), "svm") {
-		f.Value = kvmDevice + " is present but does not work: the processor shows neither vmx nor svm, and stock kernels hang on such a KVM"
-		f.Remedy = "none on this host, unless its own hypervisor allows nested virtualization"
 		return f
 	}
 	f.OK, f.Value = true, "usable"

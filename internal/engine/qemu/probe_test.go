@@ -27,6 +27,7 @@ func TestProbeKVM(t *testing.T) {
 		{"PresentButHollow", nil, withNeither, false, "present but does not work"},
 		{"Absent", fs.ErrNotExist, withVMX, false, "there is no /dev/kvm"},
 		{"Forbidden", fs.ErrPermission, withVMX, false, "not yours to use"},
+		{"ForbiddenAndHollow", fs.ErrPermission, withNeither, false, "present but does not work"},
 		{"Broken", errors.New("no such device"), withVMX, false, "no such device"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
