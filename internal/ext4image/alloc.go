@@ -40,17 +40,22 @@ func countBits(p []byte) (n uint32) {
 	return n
 }
 
-// An extent is a run of blocks. 0x8000 is the most that one on-disk extent of
+// An extent is a run of blocks, and where in its file it lies. 0x8000 is the most that one on-disk extent of
 // initialized blocks describes (ext4 "Extent Tree").
-type extent struct{ start, count uint32 }
+type extent struct {
+	start, count uint32
+	file         uint32 // block of the file that start holds
+}
 
 const maxExtent = 0x8000
 
 // allocate finds n free blocks and marks them used, in as few runs as the
-// position it has reached allows.
+// position it has reached allows. They follow each other in the file, from its
+// first block on.
 func (w *Writer) allocate(n uint32) ([]extent, error) {
 	var out []extent
 	turned := false
+	file := uint32(0)
 	for n > 0 {
 		if w.nextBlock == w.blocks.n {
 			// Blocks of removed entries lie behind; look there once.
@@ -67,13 +72,14 @@ func (w *Writer) allocate(n uint32) ([]extent, error) {
 			w.nextBlock++
 			continue
 		}
-		e := extent{start: w.nextBlock}
+		e := extent{start: w.nextBlock, file: file}
 		for e.count < min(n, maxExtent) && w.nextBlock < w.blocks.n && !w.blocks.has(w.nextBlock) {
 			e.count++
 			w.nextBlock++
 		}
 		w.blocks.set(e.start, e.count)
 		out = append(out, e)
+		file += e.count
 		n -= e.count
 	}
 	return out, nil

@@ -9,20 +9,47 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 )
 
+// maxSparse is the largest file of the format: 2^32-1 blocks.
+const maxSparse = (1<<32 - 1) * blockSize
+
 // store writes a regular file's content.
-func (w *Writer) store(n *node, r io.Reader, size int64) error {
-	if size < 0 || size > maxSize {
-		return api.Errorf(api.ErrInvalid, "a file has the size %d", size)
+func (w *Writer) store(n *node, r io.Reader, e Entry) error {
+	stored, limit := e.Stored, int64(maxSparse)
+	if stored == nil {
+		stored, limit = []Stretch{{0, e.Size}}, maxSize
 	}
-	var err error
-	n.size = size
-	if n.extents, err = w.allocate(blocksFor(size)); err != nil {
-		return err
+	if e.Size < 0 || e.Size > limit {
+		return api.Errorf(api.ErrInvalid, "a file has the size %d", e.Size)
 	}
-	left := size
-	for _, e := range n.extents {
+	n.size = e.Size
+	end := int64(0) // of the last stretch
+	for i, s := range stored {
+		// All but the end of the file lies at a block's boundary.
+		if s.Off < end || s.Off%blockSize != 0 || s.Len < 0 || s.Len > maxSize || s.Len > e.Size-s.Off ||
+			s.Len%blockSize != 0 && s.Off+s.Len != e.Size {
+			return api.Errorf(api.ErrInvalid, "stretch %d of a file, %d bytes at %d of %d, is impossible", i, s.Len, s.Off, e.Size)
+		}
+		end = s.Off + s.Len
+		run, err := w.allocate(blocksFor(s.Len))
+		if err != nil {
+			return err
+		}
+		if err := w.fill(run, r, s.Len); err != nil {
+			return err
+		}
+		for _, e := range run {
+			e.file += uint32(s.Off / blockSize)
+			n.extents = append(n.extents, e)
+		}
+	}
+	return nil
+}
+
+// fill writes size bytes from r into the blocks of run.
+func (w *Writer) fill(run []extent, r io.Reader, size int64) error {
+	for _, e := range run {
 		pos := int64(e.start) * blockSize
-		for room := min(int64(e.count)*blockSize, left); room > 0; {
+		for room := min(int64(e.count)*blockSize, size); room > 0; {
 			part := w.buf[:min(int64(len(w.buf)), room)]
 			if _, err := io.ReadFull(r, part); err != nil {
 				if errors.Is(err, io.EOF) {
@@ -35,7 +62,7 @@ func (w *Writer) store(n *node, r io.Reader, size int64) error {
 			}
 			pos += int64(len(part))
 			room -= int64(len(part))
-			left -= int64(len(part))
+			size -= int64(len(part))
 		}
 	}
 	return nil

@@ -180,35 +180,29 @@ func putExtentHeader(b []byte, entries, room, depth int) {
 	le.PutUint16(b[6:], uint16(depth))
 }
 
-// putExtents writes leaf entries and returns the file block after them.
-func putExtents(b []byte, extents []extent, fileBlock uint32) uint32 {
+// putExtents writes leaf entries.
+func putExtents(b []byte, extents []extent) {
 	le := binary.LittleEndian
 	for i, e := range extents {
 		p := b[12+12*i:]
-		le.PutUint32(p[0:], fileBlock)
+		le.PutUint32(p[0:], e.file)
 		le.PutUint16(p[4:], uint16(e.count))
 		le.PutUint32(p[8:], e.start)
-		fileBlock += e.count
 	}
-	return fileBlock
 }
 
 func encodeExtentRoot(b []byte, n *node) {
 	if len(n.tree) == 0 {
 		putExtentHeader(b, len(n.extents), inodeExtents, 0)
-		putExtents(b, n.extents, 0)
+		putExtents(b, n.extents)
 		return
 	}
 	le := binary.LittleEndian
 	putExtentHeader(b, len(n.tree), inodeExtents, 1)
-	fileBlock := uint32(0)
 	for i, leaf := range n.tree {
 		p := b[12+12*i:]
-		le.PutUint32(p[0:], fileBlock)
+		le.PutUint32(p[0:], leafExtents(n, i)[0].file)
 		le.PutUint32(p[4:], leaf.start)
-		for _, e := range leafExtents(n, i) {
-			fileBlock += e.count
-		}
 	}
 }
 
@@ -218,12 +212,11 @@ func leafExtents(n *node, i int) []extent {
 }
 
 func (w *Writer) writeExtentLeaves(n *node) error {
-	fileBlock := uint32(0)
 	for i, leaf := range n.tree {
 		b := make([]byte, blockSize)
 		extents := leafExtents(n, i)
 		putExtentHeader(b, len(extents), blockExtents, 0)
-		fileBlock = putExtents(b, extents, fileBlock)
+		putExtents(b, extents)
 		if err := w.write(int64(leaf.start)*blockSize, b); err != nil {
 			return err
 		}

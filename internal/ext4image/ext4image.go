@@ -130,6 +130,12 @@ type Entry struct {
 	ModTime  time.Time
 	// Size is the number of content bytes of a regular file.
 	Size int64
+	// Stored, if not nil, makes a regular file sparse: only these stretches of
+	// it take room, and the content that Add reads is theirs, one after the
+	// other. They ascend and do not overlap, and begin and end at multiples of
+	// 4096 bytes or at the end of the file. An empty list is a file of zeros.
+	// About a thousand is the limit; Close fails where there are more.
+	Stored []Stretch
 	// Target is where a symlink points.
 	Target string
 	// Major and Minor number a device.
@@ -138,6 +144,9 @@ type Entry struct {
 	// namespaces user, trusted and security are left out.
 	Xattrs map[string][]byte
 }
+
+// A Stretch is a part of a file, in bytes.
+type Stretch struct{ Off, Len int64 }
 
 // File types of Entry.Mode, as in stat(2).
 const (
@@ -154,7 +163,7 @@ const (
 
 // Add puts e into the file system, in the place of what has that path already;
 // a directory over a directory only takes the new attributes. The content of a
-// regular file is read from r, exactly e.Size bytes.
+// regular file is read from r, exactly e.Size bytes or those of e.Stored.
 func (w *Writer) Add(e Entry, r io.Reader) error {
 	parent, name, err := w.locate(e.Path, e.ModTime)
 	if err != nil {
@@ -187,7 +196,7 @@ func (w *Writer) Add(e Entry, r io.Reader) error {
 		n.children = map[string]*node{}
 		n.parent = parent
 	case ModeFile:
-		if err := w.store(n, r, e.Size); err != nil {
+		if err := w.store(n, r, e); err != nil {
 			return err
 		}
 	case ModeSymlink:

@@ -1,5 +1,7 @@
 package ext4image
 
+import "github.com/pyro-mcp/pyro/api"
+
 // The sizes are fixed: one block size, one group size, no partial last group.
 // They are what mke2fs chooses for file systems of this size.
 const (
@@ -38,6 +40,25 @@ func newLayout(size int64) layout {
 
 func (l layout) blocks() uint32 { return l.groups * blocksPerGroup }
 func (l layout) inodes() uint32 { return l.groups * inodesPerGroup }
+
+// SizeFor returns the smallest Options.SizeBytes at which so many files,
+// directories included, and so many blocks of 4096 bytes fit: those of content,
+// directories, long links, extended attributes and extent trees. What has no
+// size is ErrExhausted.
+func SizeFor(files, blocks int64) (int64, error) {
+	const group = blocksPerGroup * blockSize
+	used := int64(journalBlocks + 1) // and the resize inode's block
+	for g := int64(0); (g+1)*group <= maxSize; g++ {
+		used += 2 + tableBlocks
+		if hasSuper(uint32(g)) {
+			used += 1 + descBlocksMax
+		}
+		if (g+1)*inodesPerGroup >= files+firstFreeInode-1 && (g+1)*blocksPerGroup-used >= blocks {
+			return (g + 1) * group, nil
+		}
+	}
+	return 0, api.Errorf(api.ErrExhausted, "%d files of %d blocks do not fit into the largest file system", files, blocks)
+}
 
 // descBlocks is how many blocks the descriptors of today's groups take.
 func (l layout) descBlocks() uint32 { return (l.groups + descPerBlock - 1) / descPerBlock }
