@@ -61,6 +61,7 @@ func openCopy(ctx context.Context, f *os.File, limits Limits) (*Disk, error) {
 	if d.fs, err = ext4.Open(ctx, raw, raw.size); err != nil {
 		return nil, fmt.Errorf("reading the copy: %w", err)
 	}
+	d.tree = tree{lower: d.fs, maxNames: limits.MaxEntries}
 	return d, nil
 }
 

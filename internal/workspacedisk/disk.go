@@ -2,8 +2,10 @@ package workspacedisk
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -45,22 +47,28 @@ type Options struct {
 	// HideRuntime leaves the runtime paths out of listings and reads, as if
 	// they had been scrubbed. Use it for workspaces.
 	HideRuntime bool
-	Limits      Limits
+	// DiskBytes is how large Export makes the image of a disk with a layer, at
+	// least; 0 means as large as the layer. Other disks keep their size.
+	DiskBytes int64
+	Limits    Limits
 }
 
 // A Disk is one open disk. Its methods may be called concurrently.
 type Disk struct {
-	chain  *chain
-	fs     *ext4.FS
-	src    Source
-	opts   Options
-	hideIn uint32 // inode of the directory in which runtimeNames are hidden, 0 for none
+	chain      *chain
+	layerChain *chain   // of src.Layer; nil without
+	fs         *ext4.FS // of the image itself
+	tree       tree
+	src        Source
+	opts       Options
+	hideIn     *fileID // directory in which runtimeNames are hidden, nil for none
 }
 
 // Open opens a disk for reading and holds QEMU's image locks on its files until
-// Close, so no machine starts on it meanwhile. A disk that a machine has open
-// is ErrBusy ("must be stopped"). A journal that needs recovery is recovered
-// in memory. What is not ext4 is ErrUnsupported, a damaged image ErrDamaged.
+// Close, so no machine starts on it meanwhile; on a layer, gVisor's. A disk that
+// a machine has open is ErrBusy ("must be stopped"). A journal that needs
+// recovery is recovered in memory. What is not ext4, or a layer that is a
+// directory, is ErrUnsupported, a damaged image ErrDamaged.
 func Open(ctx context.Context, src Source, opts Options) (*Disk, error) {
 	opts.Limits = opts.Limits.withDefaults()
 	c, err := openChain(src)
@@ -68,63 +76,80 @@ func Open(ctx context.Context, src Source, opts Options) (*Disk, error) {
 		return nil, err
 	}
 	d := &Disk{chain: c, src: src, opts: opts}
-	if d.fs, err = ext4.Open(ctx, c.top, c.top.Size()); err != nil {
-		_ = c.Close()
-		return nil, fmt.Errorf("opening disk image %s: %w", src.Path, err)
-	}
-	if opts.HideRuntime {
-		if err := d.findRuntimeDir(ctx); err != nil {
-			_ = c.Close()
-			return nil, fmt.Errorf("opening disk image %s: %w", src.Path, err)
-		}
+	if err := d.open(ctx); err != nil {
+		_ = d.Close()
+		return nil, err
 	}
 	return d, nil
 }
 
-// Close releases the files and their locks.
-func (d *Disk) Close() error { return d.chain.Close() }
+func (d *Disk) open(ctx context.Context) (err error) {
+	if d.fs, err = ext4.Open(ctx, d.chain.top, d.chain.top.Size()); err != nil {
+		return wrapOpen(d.src.Path, err)
+	}
+	d.tree = tree{lower: d.fs, maxNames: d.opts.Limits.MaxEntries}
+	if d.src.Layer != nil {
+		if err := d.openUpper(ctx); err != nil {
+			return wrapOpen(d.src.Layer.Path, err)
+		}
+	}
+	if d.opts.HideRuntime {
+		return wrapOpen(d.src.Path, d.hideRuntime(ctx))
+	}
+	return nil
+}
 
-// Replayed reports whether the journal needed recovery.
-func (d *Disk) Replayed() bool { return d.fs.Replayed() }
+// Close releases the files and their locks.
+func (d *Disk) Close() error {
+	err := d.chain.Close()
+	if d.layerChain != nil {
+		err = errors.Join(err, d.layerChain.Close())
+	}
+	return err
+}
+
+// Replayed reports whether a journal needed recovery.
+func (d *Disk) Replayed() bool {
+	return d.fs.Replayed() || d.tree.upper != nil && d.tree.upper.Replayed()
+}
 
 func (d *Disk) budget() *ext4.Budget { return &ext4.Budget{DirBytes: d.opts.Limits.MaxDirBytes} }
 
-func (d *Disk) findRuntimeDir(ctx context.Context) error {
-	root, err := d.fs.Inode(ext4.RootInode)
+// hideRuntime finds the directory whose runtime names are hidden from then on.
+func (d *Disk) hideRuntime(ctx context.Context) error {
+	root, err := d.tree.root()
 	if err != nil {
 		return err
 	}
-	n, ok, err := d.lookup(ctx, root, d.budget(), runtimeDir)
+	run, ok, err := d.tree.lookup(ctx, root, d.budget(), runtimeDir)
 	if err != nil || !ok {
 		return err
 	}
-	d.hideIn = n
+	id := run.id()
+	d.hideIn = &id
 	return nil
 }
 
 // hidden reports whether an entry is left out. It goes by the directory's
 // inode, so no way around through a symlink shows what is hidden.
-func (d *Disk) hidden(dir *ext4.Inode, name string) bool {
-	if d.hideIn == 0 || dir.Number != d.hideIn {
-		return false
-	}
-	for _, n := range runtimeNames {
-		if n == name {
-			return true
-		}
-	}
-	return false
+func (d *Disk) hidden(dir file, name string) bool {
+	return d.hideIn != nil && dir.id() == *d.hideIn && slices.Contains(runtimeNames, name)
 }
 
-func (d *Disk) lookup(ctx context.Context, dir *ext4.Inode, budget *ext4.Budget, name string) (uint32, bool, error) {
+func (d *Disk) lookup(ctx context.Context, dir file, budget *ext4.Budget, name string) (file, bool, error) {
 	if d.hidden(dir, name) {
-		return 0, false, nil
+		return file{}, false, nil
 	}
-	return d.fs.Lookup(ctx, dir, budget, name)
+	return d.tree.lookup(ctx, dir, budget, name)
+}
+
+func (d *Disk) readDir(ctx context.Context, dir file, budget *ext4.Budget, fn func(name string, f file) error) error {
+	return d.tree.readDir(ctx, dir, budget, func(name string) bool { return d.hidden(dir, name) }, fn)
 }
 
 const (
 	maxPathLen = 4096 // PATH_MAX of the guest
+	maxNameLen = 255  // NAME_MAX of the guest
 	maxLinks   = 40   // MAXSYMLINKS of the guest
 )
 
@@ -141,66 +166,62 @@ func cleanPath(p string) (string, error) {
 	return path.Clean(p), nil
 }
 
-// resolve finds the inode at a clean path. Symlinks on the way are followed
+// resolve finds the file at a clean path. Symlinks on the way are followed
 // inside the disk, the last component is not. What is not there is ErrNotFound.
-func (d *Disk) resolve(ctx context.Context, guestPath string, budget *ext4.Budget) (*ext4.Inode, error) {
-	ino, err := d.walk(ctx, guestPath, budget)
+func (d *Disk) resolve(ctx context.Context, guestPath string, budget *ext4.Budget) (file, error) {
+	f, ok, err := d.walk(ctx, guestPath, budget)
 	if err != nil {
-		return nil, fmt.Errorf("failed to inspect workspace disk path %q: %w", guestPath, err)
+		return file{}, fmt.Errorf("failed to inspect workspace disk path %q: %w", guestPath, err)
 	}
-	if ino == nil {
-		return nil, api.Errorf(api.ErrNotFound, "workspace disk path does not exist: %s", guestPath)
+	if !ok {
+		return file{}, api.Errorf(api.ErrNotFound, "workspace disk path does not exist: %s", guestPath)
 	}
-	return ino, nil
+	return f, nil
 }
 
-// walk is resolve with a nil inode for what does not exist.
-func (d *Disk) walk(ctx context.Context, guestPath string, budget *ext4.Budget) (*ext4.Inode, error) {
-	root, err := d.fs.Inode(ext4.RootInode)
+// walk is resolve with ok false for what does not exist.
+func (d *Disk) walk(ctx context.Context, guestPath string, budget *ext4.Budget) (f file, ok bool, err error) {
+	root, err := d.tree.root()
 	if err != nil {
-		return nil, err
+		return file{}, false, err
 	}
-	stack := []*ext4.Inode{root} // from the root to where we are
+	stack := []file{root} // from the root to where we are
 	rest := components(guestPath)
 	for links := 0; len(rest) > 0; {
 		here := stack[len(stack)-1]
 		name := rest[0]
 		rest = rest[1:]
 		if !here.IsDir() {
-			return nil, nil
+			return file{}, false, nil
 		}
 		if name == ".." {
 			stack = stack[:max(1, len(stack)-1)]
 			continue
 		}
-		n, ok, err := d.lookup(ctx, here, budget, name)
+		next, ok, err := d.lookup(ctx, here, budget, name)
 		if err != nil || !ok {
-			return nil, err
+			return file{}, false, err
 		}
-		ino, err := d.fs.Inode(n)
-		if err != nil {
-			return nil, err
-		}
-		if !ino.IsSymlink() || len(rest) == 0 {
-			stack = append(stack, ino)
+		if !next.IsSymlink() || len(rest) == 0 {
+			stack = append(stack, next)
 			continue
 		}
 		if links++; links > maxLinks {
-			return nil, api.Errorf(api.ErrInvalid, "it leads through more than %d symlinks", maxLinks)
+			return file{}, false, api.Errorf(api.ErrInvalid, "it leads through more than %d symlinks", maxLinks)
 		}
-		target, err := d.fs.ReadLink(ino)
+		target, err := next.fs.ReadLink(next.Inode)
 		if err != nil {
-			return nil, err
+			return file{}, false, err
 		}
 		if strings.HasPrefix(target, "/") {
 			stack = stack[:1]
 		}
 		rest = append(components(target), rest...)
 		if len(rest) > maxPathLen {
-			return nil, api.Errorf(api.ErrInvalid, "its symlinks make it longer than %d components", maxPathLen)
+			return file{}, false, api.Errorf(api.ErrInvalid, "its symlinks make it longer than %d components", maxPathLen)
 		}
 	}
-	return stack[len(stack)-1], nil
+	return stack[len(stack)-1], true, nil
 }
 
 // components splits a path and drops empty components and single dots.

@@ -19,6 +19,10 @@ import (
 // first 1024 bytes), which ext4 does not use and a guest could fill with
 // another format's header, is zero. An outputPath that exists is ErrExists.
 // Recovery and scrubbing need e2fsprogs, a disk without need of them does not.
+//
+// Of a disk with a layer the image is made anew from its files, with owners,
+// permissions, modification times and the extended attributes of users and
+// security; it is as large as Options.DiskBytes says, or what the files take.
 func (d *Disk) Export(ctx context.Context, outputPath string) (*api.DiskExport, error) {
 	if _, err := os.Lstat(outputPath); err == nil {
 		return nil, outputExists(outputPath)
@@ -30,11 +34,8 @@ func (d *Disk) Export(ctx context.Context, outputPath string) (*api.DiskExport, 
 		return nil, err
 	}
 	defer out.discard()
-	// What lies around the filesystem is not handed out.
-	if err := d.copyImage(ctx, out.file, bootArea, d.fs.Size()); err != nil {
-		return nil, fmt.Errorf("exporting the disk: %w", err)
-	}
-	if _, err := cleanImage(ctx, out.file, d.opts.Limits); err != nil {
+	size, err := d.fill(ctx, out.file)
+	if err != nil {
 		return nil, fmt.Errorf("exporting the disk: %w", err)
 	}
 	if err := out.publish(); err != nil {
@@ -43,7 +44,22 @@ func (d *Disk) Export(ctx context.Context, outputPath string) (*api.DiskExport, 
 		}
 		return nil, fmt.Errorf("exporting the disk: %w", err)
 	}
-	return &api.DiskExport{BytesWritten: d.chain.top.Size(), DiskFormat: "ext4", OutputPath: outputPath}, nil
+	return &api.DiskExport{BytesWritten: size, DiskFormat: "ext4", OutputPath: outputPath}, nil
+}
+
+// fill writes the disk into f, which is empty, and returns the size of f.
+func (d *Disk) fill(ctx context.Context, f *os.File) (size int64, err error) {
+	if d.tree.upper != nil {
+		return d.exportMerged(ctx, f)
+	}
+	// What lies around the filesystem is not handed out.
+	if err := d.copyImage(ctx, f, bootArea, d.fs.Size()); err != nil {
+		return 0, err
+	}
+	if _, err := cleanImage(ctx, f, d.opts.Limits); err != nil {
+		return 0, err
+	}
+	return d.chain.top.Size(), nil
 }
 
 func outputExists(p string) error {

@@ -23,16 +23,19 @@ func (d *Disk) List(ctx context.Context, guestPath string, recursive bool) (*api
 	if err != nil {
 		return nil, err
 	}
-	l := &lister{disk: d, budget: d.budget(), limits: d.opts.Limits, visited: map[uint32]bool{}}
-	ino, err := d.resolve(ctx, guestPath, l.budget)
+	l := &lister{budget: d.budget(), limits: d.opts.Limits}
+	f, err := d.resolve(ctx, guestPath, l.budget)
 	if err != nil {
 		return nil, err
 	}
-	if ino.IsDir() {
-		err = l.listTree(ctx, ino, guestPath, recursive)
+	if f.IsDir() {
+		err = d.walkTree(ctx, f, guestPath, recursive, l.budget, func(p string, f file) error {
+			_, err := l.add(p, f)
+			return err
+		})
 	} else {
 		var listed bool
-		if listed, err = l.add(guestPath, ino); err == nil && !listed {
+		if listed, err = l.add(guestPath, f); err == nil && !listed {
 			return nil, api.Errorf(api.ErrInvalid, "unsupported workspace disk path type: %s", guestPath)
 		}
 	}
@@ -48,11 +51,9 @@ func (d *Disk) List(ctx context.Context, guestPath string, recursive bool) (*api
 
 // A lister gathers one listing.
 type lister struct {
-	disk      *Disk
 	budget    *ext4.Budget
 	limits    Limits
 	pathBytes int64
-	visited   map[uint32]bool // directories
 	found     []found
 }
 
@@ -64,42 +65,49 @@ type found struct {
 }
 
 type pendingDir struct {
-	ino  *ext4.Inode
+	file file
 	path string
 }
 
-// listTree adds what lies below a directory, without recursion of its own: the
-// image decides the depth.
-func (l *lister) listTree(ctx context.Context, dir *ext4.Inode, dirPath string, recursive bool) error {
+// walkTree calls fn for what lies below a directory, one level or all, a
+// directory before what is in it, without recursion of its own: the image
+// decides the depth.
+func (d *Disk) walkTree(ctx context.Context, dir file, dirPath string, recursive bool, budget *ext4.Budget, fn func(p string, f file) error) error {
+	visited := map[fileID]bool{} // directories
+	visit := func(id fileID) error {
+		if visited[id] {
+			return api.Errorf(api.ErrDamaged, "directory inode %d appears twice in the tree", id.inode)
+		}
+		visited[id] = true
+		return nil
+	}
 	pending := []pendingDir{{dir, dirPath}}
 	for len(pending) > 0 {
 		at := pending[len(pending)-1]
 		pending = pending[:len(pending)-1]
-		if l.visited[at.ino.Number] {
-			return api.Errorf(api.ErrDamaged, "directory inode %d appears twice in the tree", at.ino.Number)
+		if err := visit(at.file.id()); err != nil {
+			return err
 		}
-		l.visited[at.ino.Number] = true
+		if at.file.below != nil {
+			// A redirect to what shows elsewhere, which no kernel writes.
+			if err := visit(fileID{inode: at.file.below.Number}); err != nil {
+				return err
+			}
+		}
 		prefix := at.path
 		if prefix != "/" {
 			prefix += "/"
 		}
-		err := l.disk.fs.ReadDir(ctx, at.ino, l.budget, func(e ext4.Dirent) error {
-			if l.disk.hidden(at.ino, e.Name) {
-				return nil
-			}
-			ino, err := l.disk.fs.Inode(e.Inode)
-			if err != nil {
-				return err
-			}
-			p := prefix + e.Name
+		err := d.readDir(ctx, at.file, budget, func(name string, f file) error {
+			p := prefix + name
 			if len(p) > maxPathLen {
 				return api.Errorf(api.ErrExhausted, "a path is longer than %d bytes", maxPathLen)
 			}
-			if _, err := l.add(p, ino); err != nil {
+			if err := fn(p, f); err != nil {
 				return err
 			}
-			if recursive && ino.IsDir() {
-				pending = append(pending, pendingDir{ino, p})
+			if recursive && f.IsDir() {
+				pending = append(pending, pendingDir{f, p})
 			}
 			return nil
 		})
@@ -111,7 +119,7 @@ func (l *lister) listTree(ctx context.Context, dir *ext4.Inode, dirPath string, 
 }
 
 // add appends one entry; listed is false for a special file.
-func (l *lister) add(p string, ino *ext4.Inode) (listed bool, err error) {
+func (l *lister) add(p string, ino file) (listed bool, err error) {
 	f := found{path: p}
 	switch {
 	case ino.IsDir():
@@ -120,7 +128,7 @@ func (l *lister) add(p string, ino *ext4.Inode) (listed bool, err error) {
 		f.kind, f.size = api.ArtifactFile, ino.Size
 	case ino.IsSymlink():
 		f.kind, f.size = api.ArtifactSymlink, ino.Size
-		if f.target, err = l.disk.fs.ReadLink(ino); err != nil {
+		if f.target, err = ino.fs.ReadLink(ino.Inode); err != nil {
 			return false, err
 		}
 	default:

@@ -84,14 +84,14 @@ func (d *Disk) openFile(ctx context.Context, guestPath string, maxBytes int64) (
 	if err != nil {
 		return "", nil, err
 	}
-	ino, err := d.resolve(ctx, guestPath, d.budget())
+	found, err := d.resolve(ctx, guestPath, d.budget())
 	if err != nil {
 		return "", nil, err
 	}
-	if !ino.IsRegular() {
+	if !found.IsRegular() {
 		return "", nil, api.Errorf(api.ErrInvalid, "workspace disk read only supports regular files: %s", guestPath)
 	}
-	f, err := d.fs.OpenFile(ino)
+	f, err := found.fs.OpenFile(found.Inode)
 	if err != nil {
 		return "", nil, fmt.Errorf("failed to dump workspace disk file %s: %w", guestPath, err)
 	}

@@ -30,6 +30,10 @@ type Source struct {
 	// opened, whatever the overlay's header says; its format must be explicit.
 	// An overlay whose header names a backing file is refused without it.
 	Backing *Source
+	// Layer is the writable layer of a gVisor machine that stands on this
+	// image: an ext4 image whose directory [LayerDir] the host's overlayfs has
+	// joined with the root of this one. The disk is then the two together.
+	Layer *Source
 }
 
 // maxChain bounds the images of a chain.

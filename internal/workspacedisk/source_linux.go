@@ -64,6 +64,24 @@ func probeExclusive(f *os.File) error {
 	return probe(f, lockUsesRead, lockUsesWrite, lockUnsharesRead, lockUnsharesWr)
 }
 
+// lockLayer takes the lock that gVisor's supervisor holds on a layer, shared,
+// so that several may look. It ends with the file. A machine that starts later
+// waits for it. A layer that a machine has mounted is ErrBusy.
+func lockLayer(f *os.File) error {
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case errors.Is(err, unix.EWOULDBLOCK):
+			return inUse(f)
+		case err != nil:
+			return fmt.Errorf("locking disk image %s: %w", f.Name(), err)
+		}
+		return nil
+	}
+}
+
 func probe(f *os.File, bytes ...int64) error {
 	for _, at := range bytes {
 		lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: at, Len: 1}

@@ -1,6 +1,7 @@
 package ext4
 
 import (
+	"context"
 	"io"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -70,6 +71,34 @@ func (f *File) ReadAt(p []byte, off int64) (int, error) {
 		done += len(part)
 	}
 	return done, eof
+}
+
+// NextData returns the first stretch of the content, in bytes, that begins at
+// or after byte off and is stored on the device; ok is false where there is
+// none. What is left out are holes and unwritten blocks, which read as zeros.
+// Each call looks at one run of blocks after the other, up to the end of the
+// file at worst.
+func (f *File) NextData(ctx context.Context, off int64) (start, end int64, ok bool, err error) {
+	if f.inline != nil {
+		return off, f.ino.Size, off < f.ino.Size, nil
+	}
+	bs := int64(f.fs.sb.blockSize)
+	for off < f.ino.Size {
+		if err := ctx.Err(); err != nil {
+			return 0, 0, false, err
+		}
+		r, err := f.fs.mapBlock(f.ino, uint64(off/bs))
+		if err != nil {
+			return 0, 0, false, err
+		}
+		// Both fit: at most 2^32 blocks of 2^16 bytes.
+		end := min((off/bs+int64(r.count))*bs, f.ino.Size)
+		if !r.hole {
+			return off, end, true, nil
+		}
+		off = end
+	}
+	return 0, 0, false, nil
 }
 
 // ReadLink returns the target of a symlink: Size bytes, not checked further

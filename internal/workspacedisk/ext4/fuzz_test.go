@@ -112,6 +112,8 @@ func walkAll(ctx context.Context, fs *ext4.FS) (seen, error) {
 		}
 		_, _, err = fs.InodePlace(n)
 		note(err)
+		_, err = fs.Xattrs(ino)
+		note(err)
 		places := 0
 		err = fs.DataPlaces(ino, 0, func(off, length int64) error {
 			if off < 0 || length <= 0 || off+length > fs.Size() {
@@ -150,6 +152,18 @@ func walkAll(ctx context.Context, fs *ext4.FS) (seen, error) {
 			if err != nil {
 				note(err)
 				continue
+			}
+			pos := int64(0)
+			for range 1000 {
+				start, end, ok, err := f.NextData(ctx, pos)
+				note(err)
+				if !ok {
+					break
+				}
+				if start < pos || end <= start || end > f.Size() {
+					panic("a stretch outside of the file")
+				}
+				pos = end
 			}
 			for _, off := range []int64{0, f.Size() / 2, f.Size() - 100} {
 				n, err := f.ReadAt(buf, max(0, off))

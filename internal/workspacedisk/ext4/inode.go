@@ -8,7 +8,9 @@ import (
 // File types in the upper bits of an inode's mode.
 const (
 	modeTypeMask  = 0xF000
+	modeCharacter = 0x2000
 	modeDirectory = 0x4000
+	modeBlock     = 0x6000
 	modeRegular   = 0x8000
 	modeSymlink   = 0xA000
 )
@@ -28,7 +30,8 @@ type Inode struct {
 	Size   int64
 	UID    uint32
 	GID    uint32
-	Mtime  int64 // seconds since 1970
+	Mtime  int64  // seconds since 1970
+	Nanos  uint32 // of Mtime, below 1e9
 
 	flags  uint32
 	blocks [60]byte // i_block: extent root, block map, inline data or target
@@ -57,20 +60,11 @@ func (fs *FS) Inode(n uint32) (*Inode, error) {
 
 func (fs *FS) readInode(n uint32) (*Inode, error) {
 	sb := fs.sb
-	if n == 0 || n > sb.inodes {
-		return nil, damaged("the filesystem has the inodes 1 to %d", sb.inodes)
-	}
-	table, err := fs.inodeTable(uint64(n-1) / uint64(sb.inodesPerGroup))
+	raw, err := fs.rawInode(n)
 	if err != nil {
 		return nil, err
 	}
-	off := uint64(n-1) % uint64(sb.inodesPerGroup) * uint64(sb.inodeSize)
 	bs := uint64(sb.blockSize)
-	blk, err := fs.tableBlock(table + off/bs) // cannot wrap: table < 2^48 or out of range
-	if err != nil {
-		return nil, err
-	}
-	raw := blk[off%bs:][:sb.inodeSize]
 	le := binary.LittleEndian
 	ino := &Inode{
 		Number: n,
@@ -89,6 +83,7 @@ func (fs *FS) readInode(n uint32) (*Inode, error) {
 			return nil, err
 		}
 	}
+	ino.readNanos(raw)
 	size := uint64(le.Uint32(raw[4:]))
 	if ino.IsRegular() || ino.IsDir() && sb.incompat&incompatLargeDir != 0 {
 		size |= uint64(le.Uint32(raw[0x6C:])) << 32
@@ -106,6 +101,59 @@ func (fs *FS) readInode(n uint32) (*Inode, error) {
 	}
 	return ino, nil
 }
+
+// rawInode returns the bytes of inode n, which are shared: do not write them.
+func (fs *FS) rawInode(n uint32) ([]byte, error) {
+	sb := fs.sb
+	if n == 0 || n > sb.inodes {
+		return nil, damaged("the filesystem has the inodes 1 to %d", sb.inodes)
+	}
+	table, err := fs.inodeTable(uint64(n-1) / uint64(sb.inodesPerGroup))
+	if err != nil {
+		return nil, err
+	}
+	off := uint64(n-1) % uint64(sb.inodesPerGroup) * uint64(sb.inodeSize)
+	bs := uint64(sb.blockSize)
+	blk, err := fs.tableBlock(table + off/bs) // cannot wrap: table < 2^48 or out of range
+	if err != nil {
+		return nil, err
+	}
+	return blk[off%bs:][:sb.inodeSize], nil
+}
+
+// readNanos reads the part of the modification time that inodes of more than
+// 128 bytes have: two bits more of seconds below 30 bits of nanoseconds
+// (document "Index Nodes", "Inode Timestamps"). An impossible fraction counts
+// as none.
+func (ino *Inode) readNanos(raw []byte) {
+	const mtimeExtra = 0x88
+	le := binary.LittleEndian
+	if len(raw) <= 128 || 128+int(le.Uint16(raw[0x80:])) < mtimeExtra+4 {
+		return
+	}
+	extra := le.Uint32(raw[mtimeExtra:])
+	ino.Mtime += int64(extra&3) << 32
+	if nanos := extra >> 2; nanos < 1e9 {
+		ino.Nanos = nanos
+	}
+}
+
+// Device returns the numbers of a device's inode, and ok false for others. They
+// lie in i_block in the kernel's old or new encoding (include/linux/kdev_t.h).
+func (ino *Inode) Device() (major, minor uint32, ok bool) {
+	if t := ino.Mode & modeTypeMask; t != modeCharacter && t != modeBlock {
+		return 0, 0, false
+	}
+	le := binary.LittleEndian
+	if old := le.Uint32(ino.blocks[0:]); old != 0 {
+		return old >> 8 & 0xff, old & 0xff, true
+	}
+	dev := le.Uint32(ino.blocks[4:])
+	return dev >> 8 & 0xfff, dev&0xff | dev>>12&0xfff00, true
+}
+
+// IsCharacterDevice reports whether the inode is a character device.
+func (ino *Inode) IsCharacterDevice() bool { return ino.Mode&modeTypeMask == modeCharacter }
 
 // verify checks the inode's checksum and remembers its seed.
 func (ino *Inode) verify(sb *superblock, raw []byte) error {
@@ -138,9 +186,8 @@ func (ino *Inode) verify(sb *superblock, raw []byte) error {
 // where there is none. Document "Extended Attributes", in-inode form.
 func inlineTail(raw []byte) ([]byte, error) {
 	const (
-		xattrMagic  = 0xEA020000
 		indexSystem = 7
-		entryLen    = 16
+		entryLen    = xattrEntryLen
 	)
 	le := binary.LittleEndian
 	if len(raw) <= 128 {
