@@ -3,8 +3,11 @@
 package workspacedisk_test
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -125,7 +128,7 @@ var layerTests = []struct {
 	{"a file over a directory", []put{fileAt("/b")}, []string{"/b/file"}, map[string]string{"/b": "in /b"}},
 	{"a directory over a file", []put{dirAt("/top"), fileAt("/top/x")}, nil, map[string]string{"/top": "directory", "/top/x": "in /top/x"}},
 	{"opaque", []put{dirAt("/b", "opaque=y"), fileAt("/b/x")}, []string{"/b/file"}, map[string]string{"/b/x": "in /b/x"}},
-	{"opaque x shows what is below", []put{dirAt("/b", "opaque=x"), emptyAt("/b/file", "whiteout=")}, []string{"/b/file"}, nil},
+	{"opaque x shows what is below", []put{dirAt("/a", "opaque=x"), emptyAt("/a/file", "whiteout=")}, []string{"/a/file"}, nil},
 	{"opaque wins over a redirect", []put{dirAt("/n", "opaque=y", "redirect=/b")}, nil, map[string]string{"/n": "directory"}},
 	{"an absolute redirect", []put{whiteoutAt("/b"), dirAt("/n", "redirect=/b")}, []string{"/b", "/b/file"},
 		map[string]string{"/n": "directory", "/n/file": "in /b/file"}},
@@ -324,7 +327,7 @@ func TestLayerSources(t *testing.T) {
 func TestLayerRuntime(t *testing.T) {
 	t.Parallel()
 	secret := put{path: "/run/pyro-secrets/token", mode: ext4image.ModeFile, content: token}
-	src := layered(t, []put{dirAt("/run"), fileAt("/run/other")}, []put{dirAt("/run"), dirAt("/run/pyro-secrets"), secret})
+	src := layered(t, []put{dirAt("/run"), fileAt("/run/other"), fileAt("/run/pyro-shells")}, []put{dirAt("/run"), dirAt("/run/pyro-secrets"), secret})
 	d, err := workspacedisk.Open(t.Context(), src, workspacedisk.Options{HideRuntime: true, DiskBytes: 200 << 20})
 	if err != nil {
 		t.Fatal(err)
@@ -383,6 +386,70 @@ func TestLayerLimits(t *testing.T) {
 	cancel()
 	if _, err := d.Export(canceled, filepath.Join(t.TempDir(), "out")); !errors.Is(err, context.Canceled) {
 		t.Errorf("with a canceled context: %v", err)
+	}
+}
+
+// TestLayerSparse exports a file in more pieces than an extent tree of
+// ext4image has room for, with a hole larger than the disk.
+func TestLayerSparse(t *testing.T) {
+	t.Parallel()
+	const pieces, hole, tail = 2000, 200 << 20, 3 << 20
+	dir := t.TempDir()
+	at := map[int64]string{hole: pattern(tail)}
+	for i := range int64(pieces) {
+		at[i*8192] = fmt.Sprintf("piece %d", i)
+	}
+	name := filepath.Join(dir, "holes")
+	sparse(t, name, hole+tail, at)
+	if err := unix.Setxattr(name, "user.large", []byte(pattern(700)), 0); err != nil { // takes a block of its own
+		t.Logf("no xattrs on this filesystem: %v", err)
+	}
+	src := workspacedisk.Source{
+		Path: makeImage(t, dir, "32M"), Format: workspacedisk.FormatRaw,
+		Layer: &workspacedisk.Source{Path: handmade(t, "", nil), Format: workspacedisk.FormatRaw},
+	}
+	out := filepath.Join(t.TempDir(), "out.ext4")
+	info, err := openSource(t, src).Export(t.Context(), out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info.BytesWritten != 128<<20 {
+		t.Errorf("the export has %d bytes: the holes were filled", info.BytesWritten)
+	}
+	fsck(t, out)
+	var sums [][]byte
+	for _, d := range []*workspacedisk.Disk{openSource(t, src), openRaw(t, out)} {
+		sum := sha256.New()
+		if n, _, err := d.CopyFile(t.Context(), sum, "/holes", 1<<40); err != nil || n != hole+tail {
+			t.Fatalf("read %d bytes, %v", n, err)
+		}
+		sums = append(sums, sum.Sum(nil))
+	}
+	if !bytes.Equal(sums[0], sums[1]) {
+		t.Error("the exported file differs")
+	}
+}
+
+// TestLayerGrows: what came with the environment counts on a machine's disk
+// only once it is exported, which then takes a larger image.
+func TestLayerGrows(t *testing.T) {
+	t.Parallel()
+	const size = 60 << 20
+	big := func(p string) put {
+		return put{path: p, mode: ext4image.ModeFile | 0o644, content: strings.Repeat("\x00", size)}
+	}
+	d := openSource(t, layered(t, []put{big("/a")}, []put{big("/b")}))
+	out := filepath.Join(t.TempDir(), "out.ext4")
+	info, err := d.Export(t.Context(), out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info.BytesWritten != 256<<20 {
+		t.Errorf("the export has %d bytes, want the next size above 128 MiB", info.BytesWritten)
+	}
+	list, err := openRaw(t, out).List(t.Context(), "/", false)
+	if err != nil || len(list.Entries) != 3 || list.Entries[1].SizeBytes != size {
+		t.Errorf("exported %+v, %v", list, err)
 	}
 }
 
