@@ -123,7 +123,7 @@ func TestKernelLayer(t *testing.T) {
 				t.Fatal(err)
 			}
 			fsck(t, out)
-			mustNotHold(t, out, "overlay.")
+			dataMustNotHold(t, out, "overlay.")
 			compareTree(t, want, openRaw(t, out))
 			exported, unmountExport := mount(t, out, "ro")
 			defer unmountExport()

@@ -24,7 +24,7 @@ import (
 )
 
 // put is one file of a handmade image: its kind, content (a link's target) and
-// overlayfs's marks.
+// overlayfs's marks. Without a mode it is a hard link to the file at content.
 type put struct {
 	path, content string
 	mode          uint16
@@ -69,6 +69,12 @@ func handmade(t testing.TB, dir string, puts []put) string {
 		t.Fatal(err)
 	}
 	for _, p := range puts {
+		if p.mode == 0 {
+			if err := w.Link(dir+p.path, dir+p.content); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
 		e := ext4image.Entry{Path: dir + p.path, Mode: p.mode, ModTime: now, Xattrs: map[string][]byte{}}
 		for name, value := range p.marks {
 			e.Xattrs[name] = []byte(value)
@@ -173,8 +179,41 @@ func TestLayer(t *testing.T) {
 			if diff := cmp.Diff(want, contents(t, openRaw(t, out))); diff != "" {
 				t.Errorf("exported (-want +got):\n%s", diff)
 			}
-			mustNotHold(t, out, "overlay.")
+			dataMustNotHold(t, out, "overlay.")
 		})
+	}
+}
+
+// dataMustNotHold is mustNotHold for a file that is mostly holes.
+func dataMustNotHold(t testing.TB, file, text string) {
+	t.Helper()
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	read := int64(0)
+	for end := int64(0); ; {
+		start, err := f.Seek(end, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if end, err = f.Seek(start, unix.SEEK_HOLE); err != nil {
+			t.Fatal(err)
+		}
+		data := make([]byte, end-start)
+		if _, err := f.ReadAt(data, start); err != nil {
+			t.Fatal(err)
+		}
+		if read += end - start; bytes.Contains(data, []byte(text)) {
+			t.Errorf("%s holds %q behind byte %d", file, text, start)
+		}
+	}
+	if read == 0 {
+		t.Errorf("%s has no data", file)
 	}
 }
 
@@ -217,6 +256,7 @@ func TestHostileLayer(t *testing.T) {
 		{"a redirect upwards", []put{dirAt("/n", "redirect=/a/../b")}, api.ErrDamaged, "impossible name"},
 		{"a redirect to the parent", []put{dirAt("/n", "redirect=..")}, api.ErrDamaged, "impossible name"},
 		{"a redirect to the root", []put{dirAt("/n", "redirect=/")}, api.ErrDamaged, "impossible name"},
+		{"a redirect to itself", []put{dirAt("/n", "redirect=.")}, api.ErrDamaged, "impossible name"},
 		{"an empty redirect", []put{dirAt("/n", "redirect=")}, api.ErrDamaged, "impossible name"},
 		{"a redirect with a slash at its end", []put{dirAt("/n", "redirect=/a/")}, api.ErrDamaged, "impossible name"},
 		{"a redirect with NUL", []put{dirAt("/n", "redirect=/a\x00b")}, api.ErrDamaged, "impossible name"},
@@ -356,7 +396,7 @@ func TestLayerRuntime(t *testing.T) {
 		if diff := cmp.Diff(want, contents(t, openRaw(t, out))); diff != "" {
 			t.Errorf("exported (-want +got):\n%s", diff)
 		}
-		mustNotHold(t, out, token)
+		dataMustNotHold(t, out, token)
 	}
 }
 
@@ -377,6 +417,23 @@ func TestLayerLimits(t *testing.T) {
 			t.Errorf("%s: %v, want the limit", name, err)
 		}
 		onlyFiles(t, dir)
+	}
+	// Whiteouts are no entries, but names to remember.
+	var whiteouts []put
+	for i := range 5 {
+		whiteouts = append(whiteouts, whiteoutAt(fmt.Sprintf("/dir/%d", i)))
+	}
+	for name, src := range map[string]workspacedisk.Source{
+		"above": layered(t, nil, whiteouts), "below": layered(t, whiteouts, []put{dirAt("/dir")}),
+	} {
+		d, err := workspacedisk.Open(t.Context(), src, workspacedisk.Options{Limits: workspacedisk.Limits{MaxEntries: 4}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		if _, err := d.List(t.Context(), "/dir", false); !errors.Is(err, api.ErrExhausted) {
+			t.Errorf("whiteouts %s: %v, want the limit", name, err)
+		}
 	}
 	d := openSource(t, src)
 	if _, err := d.Export(t.Context(), filepath.Join(t.TempDir(), "out")); !errors.Is(err, api.ErrUnsupported) {
@@ -438,7 +495,8 @@ func TestLayerGrows(t *testing.T) {
 	big := func(p string) put {
 		return put{path: p, mode: ext4image.ModeFile | 0o644, content: strings.Repeat("\x00", size)}
 	}
-	d := openSource(t, layered(t, []put{big("/a")}, []put{big("/b")}))
+	link := func(p, to string) put { return put{path: p, content: to} }
+	d := openSource(t, layered(t, []put{big("/a"), link("/a2", "/a")}, []put{big("/b"), link("/b2", "/b")}))
 	out := filepath.Join(t.TempDir(), "out.ext4")
 	info, err := d.Export(t.Context(), out)
 	if err != nil {
@@ -448,9 +506,34 @@ func TestLayerGrows(t *testing.T) {
 		t.Errorf("the export has %d bytes, want the next size above 128 MiB", info.BytesWritten)
 	}
 	list, err := openRaw(t, out).List(t.Context(), "/", false)
-	if err != nil || len(list.Entries) != 3 || list.Entries[1].SizeBytes != size {
+	if err != nil || len(list.Entries) != 5 || list.Entries[3].SizeBytes != size {
 		t.Errorf("exported %+v, %v", list, err)
 	}
+}
+
+// FuzzMarks reads marks: a redirect has names of directories, or is refused.
+func FuzzMarks(f *testing.F) {
+	for _, s := range []string{"/a", "a", "/a/sub", "..", "/", "", "/a//b", "a/sub", strings.Repeat("/a", 3000)} {
+		f.Add("y", s)
+		f.Add("x", s)
+	}
+	f.Fuzz(func(t *testing.T, opaque, redirect string) {
+		names, absolute, err := workspacedisk.DecodeMarks(opaque, redirect)
+		if err != nil {
+			if !errors.Is(err, api.ErrDamaged) {
+				t.Errorf("an error without a class: %v", err)
+			}
+			return
+		}
+		for _, name := range names {
+			if name == "" || name == "." || name == ".." || len(name) > 255 || strings.ContainsAny(name, "/\x00") {
+				t.Errorf("the name %q", name)
+			}
+		}
+		if again := strings.Join(names, "/"); opaque != "y" && strings.TrimPrefix(redirect, "/") != again || len(names) > 1 && !absolute {
+			t.Errorf("%q became %q, absolute %v", redirect, again, absolute)
+		}
+	})
 }
 
 // FuzzLayerMarks puts hostile marks on directories of a layer.
