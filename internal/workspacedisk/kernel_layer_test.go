@@ -34,7 +34,7 @@ func mountLayer(t testing.TB, src workspacedisk.Source) (root string, unmount fu
 	}
 	root = t.TempDir()
 	options := fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work,redirect_dir=on,xino=on,index=off,metacopy=off", base, layer, layer)
-	if err := unix.Mount("overlay", root, "overlay", unix.MS_NOATIME, options); err != nil {
+	if err := unix.Mount("overlay", root, "overlay", unix.MS_NOATIME|unix.MS_NODEV, options); err != nil {
 		testenv.Require(t, "loopmount", false, fmt.Sprintf("mounting an overlay: %v", err))
 	}
 	mounted := true
@@ -194,7 +194,7 @@ func (c *changer) change() {
 	var err error
 	switch c.rand.IntN(14) {
 	case 0, 1:
-		err = os.WriteFile(fresh, []byte(pattern(c.rand.IntN(9000))), 0o600)
+		err = create0600(fresh, pattern(c.rand.IntN(9000)))
 	case 2:
 		err = os.Mkdir(fresh, 0o711)
 	case 3:
@@ -244,6 +244,16 @@ func (c *changer) change() {
 	if err != nil {
 		c.t.Fatal(err)
 	}
+}
+
+// create0600 makes a file where nothing is: a pipe would block the test.
+func create0600(p, content string) error {
+	f, err := os.OpenFile(p, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(content)
+	return errors.Join(err, f.Close())
 }
 
 // appendTo writes a few bytes at off: the file gets holes.
