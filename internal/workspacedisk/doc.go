@@ -8,11 +8,17 @@
 // of the image is ever used on the host or put into a command, and lists and
 // sizes are bounded by [Limits]. The host never mounts an image.
 //
+// The disk of a gVisor machine is an image and a layer over it, which the host's
+// kernel joined with overlayfs while the machine ran. Here the two are joined
+// again, entry by entry ([Source].Layer); redirects lead into the image below
+// only and to each directory once, so no layer makes a walk longer than the two
+// images are large. Its export is written anew, by package ext4image.
+//
 // A disk of a machine that was killed has a journal to recover. It is
 // recovered in memory, so what is listed and read is what the guest's next
 // boot would see; the image itself is not touched.
 //
-// Only what writes uses e2fsprogs: exporting an image that needs recovery or
+// Only what writes uses e2fsprogs: exporting a single image that needs recovery or
 // has runtime paths, and scrubbing. These run confined, on a private copy, get
 // inode numbers and fixed paths only, and are believed only as far as the
 // result, read again, proves them right, since debugfs exits 0 on most
