@@ -77,7 +77,7 @@ func TestWithoutRoot(t *testing.T) {
 			cmd.Dir = dir
 			cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "TMPDIR=" + dir,
 				gvisor.RuntimeVariable + "=" + filepath.Join(dir, "runsc"), "PYRO_TEST_AGENT=" + filepath.Join(dir, "agent"),
-				testenv.Variable + "=gvisor"}
+				testenv.Variable + "=gvisor", "PYRO_TEST_ENGINE=gvisor"}
 			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
 			out, err := cmd.CombinedOutput()
 			if err != nil || !strings.Contains(string(out), "--- PASS") {
