@@ -394,9 +394,10 @@ func TestTerminal(t *testing.T) {
 	eventually(t, "the terminal has its size", seen("17 91"))
 	eventually(t, "it is a terminal", seen("/dev/pts/"))
 	eventually(t, "TERM is set", seen("term=xterm-256color"))
+	// Input and resizing are sent independently: the shell waits for the size.
+	fmt.Fprintln(typed, `until [ "$(stty size)" = "22 44" ]; do sleep 0.01; done; echo resized=$((1+1))`)
 	resize <- guestproto.Resize{Cols: 44, Rows: 22}
-	fmt.Fprintln(typed, "stty size")
-	eventually(t, "the terminal is resized", seen("22 44"))
+	eventually(t, "the terminal is resized", seen("resized=2"))
 	fmt.Fprintln(typed, "sleep 997 && echo not-$((1+1))")
 	eventually(t, "sleep runs", func() bool { return len(running("sleep\x00997")) > 0 })
 	fmt.Fprint(typed, "\x03")
