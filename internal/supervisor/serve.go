@@ -75,6 +75,8 @@ func Main(engines func(noteFile string, log *slog.Logger) []engine.Engine) int {
 	resultPipe := os.NewFile(fdResult, "result")
 	cfg, err := readConfig()
 	if err != nil {
+		// On stderr too, for a person who tried the command by hand.
+		fmt.Fprintf(os.Stderr, "pyro: %v\nhint: %s\n", err, api.Hint(err))
 		report(resultPipe, result{Error: api.ToWire(err)})
 		return 1
 	}
