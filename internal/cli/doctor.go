@@ -52,7 +52,7 @@ func runDoctor(ctx context.Context, a *app, environment string) error {
 	}
 	kernel := "installed"
 	if !r.KernelInstalled {
-		kernel = "not built yet; the first run builds it"
+		kernel = "not built yet; the first virtual machine builds it"
 	}
 	a.finding(2, "guest kernel", kernel, "", true)
 	if e := r.Environment; e != nil {

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	goruntime "runtime"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -39,7 +41,7 @@ func (e *Engine) Probe(ctx context.Context) engine.Capabilities {
 	root := os.Geteuid() == 0 && !inUserNamespace()
 	filesystems := []string{"overlay"}
 	if root {
-		need("privileges", "root", nil)
+		need("privileges", "root", tryNamespaces(ctx))
 		need("loop devices", "available", checkLoop())
 		filesystems = append(filesystems, "ext4")
 	} else {
@@ -87,6 +89,28 @@ func checkPtrace(scope string) error {
 	}
 	return api.WithHint(api.Errorf(api.ErrDenied, "kernel.yama.ptrace_scope is 3, which forbids what the sandbox is made with"),
 		"boot with kernel.yama.ptrace_scope below 3")
+}
+
+// tryNamespaces makes the namespaces that a sandbox is made of, for a process
+// that does nothing: root may still be refused them, in a container without
+// CAP_SYS_ADMIN or in a chroot (user_namespaces(7)), and only trying tells. It
+// takes some 2 ms.
+func tryNamespaces(ctx context.Context) error {
+	cmd := exec.CommandContext(ctx, "true")
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:  unix.CLONE_NEWUSER | unix.CLONE_NEWNS,
+		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: 0, Size: 1}},
+	}
+	err := cmd.Run()
+	if errors.Is(err, exec.ErrNotFound) {
+		return nil // nothing to try it with
+	}
+	if err != nil {
+		return api.WithHint(api.Errorf(api.ErrDenied, "namespaces for the sandbox are refused (%v)", errors.Unwrap(err)),
+			"leave the chroot, or give the container CAP_SYS_ADMIN")
+	}
+	return nil
 }
 
 // rootlessFacts say what a machine without root gives up.
