@@ -35,9 +35,6 @@ func TryLock(path string) (*Lock, error) {
 	return nil, fmt.Errorf("locking %s: %w", path, err)
 }
 
-// LockFromFile adopts an inherited file whose lock is held already.
-func LockFromFile(f *os.File) *Lock { return &Lock{f} }
-
 // File returns the locked file, for a child to inherit. It stays the Lock's.
 func (l *Lock) File() *os.File { return l.f }
 
