@@ -45,6 +45,11 @@ type Capabilities struct {
 	TimeScale int
 	// NeedsImage and NeedsKernel say which fields of MachineSpec must be filled.
 	NeedsImage, NeedsKernel bool
+	// Disk is what MachineSpec.Disk and Layers are for this engine.
+	Disk DiskFormat
+	// SeedLayer says that a seed's ext4 image may be the lowest of
+	// MachineSpec.Layers, so that no file of it has to be copied into the guest.
+	SeedLayer bool
 	// Detail says in one sentence what will be used or why it does not work.
 	Detail string
 	// Remedy is the command or step that mends it, "" if none is known.
@@ -67,6 +72,14 @@ type MachineSpec struct {
 	VCPUCount int
 	MemMiB    int
 	DiskMiB   int // 0: as large as the image
+	// Disk is the path of the machine's writable layer, which Start makes
+	// where nothing is. "" means a place in Dir: the disk then has no life of
+	// its own.
+	Disk string
+	// Layers lie between RootImage and Disk, the lowest first. Each was a
+	// machine's Disk of the same engine before it was frozen, or the image of
+	// a seed (Capabilities.SeedLayer). They are never written.
+	Layers []string
 	// Kernel is used by engines that boot one.
 	Kernel Kernel
 	// AgentPath is the pyro-agent binary for the guest.
@@ -112,6 +125,38 @@ type Machine interface {
 type Pauser interface {
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
+}
+
+// A DiskFormat is the kind of file that holds a layer of a machine's disk.
+type DiskFormat string
+
+// The disk formats. One layer stands on the next by the format's own means: a
+// backing file, an overlay file system. An engine whose format is a directory
+// may have to copy instead.
+const (
+	DiskQcow2     DiskFormat = "qcow2"     // qcow2 over a raw image
+	DiskExt4      DiskFormat = "ext4"      // ext4 image whose directory upper is an overlayfs layer
+	DiskDirectory DiskFormat = "directory" // directory whose content is the layer's
+)
+
+// A DiskSnapshotter is a Machine whose disk can be frozen while it runs.
+type DiskSnapshotter interface {
+	// SnapshotDisk makes what the disk holds now an immutable layer. The
+	// caller has let the guest flush its files. spare is a path at which
+	// nothing is. Afterwards one of the machine's Disk and spare is the frozen
+	// layer, which is returned, and the machine writes to the other one:
+	//
+	//   - frozen is the old Disk: the machine goes on in spare, which stands
+	//     on Layers and the old Disk;
+	//   - frozen is spare: a copy, shared with Disk as far as the host's file
+	//     system can, which stands on Layers.
+	//
+	// On an error the machine goes on in its old Disk and there is nothing at
+	// spare. If this process is killed in between, a qcow2 at spare is to be
+	// taken as the machine's disk, standing on the old one (it is empty or in
+	// use), and anything else at spare is to be removed; a complete layer only
+	// ever appears at spare whole.
+	SnapshotDisk(ctx context.Context, spare string) (frozen string, err error)
 }
 
 // A Describer is an Engine that knows more facts for doctor than Probe tells,
