@@ -57,8 +57,10 @@ func Open(path string) (*Dir, error) {
 		return nil, fmt.Errorf("opening state directory: %w", err)
 	}
 	d := &Dir{path}
-	if err := MakePrivate(d.MachinesDir()); err != nil {
-		return nil, fmt.Errorf("opening state directory: %w", err)
+	for _, dir := range []string{d.MachinesDir(), d.WorkspacesDir(), d.LayersDir(), d.SeedsDir()} {
+		if err := MakePrivate(dir); err != nil {
+			return nil, fmt.Errorf("opening state directory: %w", err)
+		}
 	}
 	return d, nil
 }
@@ -121,6 +123,9 @@ func (m Machine) LockFile() string { return filepath.Join(string(m), "lock") }
 
 // RecordFile says which processes make up the machine.
 func (m Machine) RecordFile() string { return filepath.Join(string(m), "machine.json") }
+
+// EndingFile says how the machine's last run ended.
+func (m Machine) EndingFile() string { return filepath.Join(string(m), "ending.json") }
 
 // ControlSocket is the supervisor's HTTP API.
 func (m Machine) ControlSocket() string { return filepath.Join(string(m), "control.sock") }

@@ -53,7 +53,7 @@ func TestOpenMakesItPrivate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, p := range []string{path, d.MachinesDir()} {
+	for _, p := range []string{path, d.MachinesDir(), d.WorkspacesDir(), d.LayersDir(), d.SeedsDir()} {
 		st, err := os.Stat(p)
 		if err != nil {
 			t.Fatal(err)
@@ -83,6 +83,28 @@ func TestOpenRefusesWhatIsNotOurs(t *testing.T) {
 		}
 		if _, err := statedir.Open(target); !errors.Is(err, api.ErrDenied) {
 			t.Errorf("somebody else's: %v, want ErrDenied", err)
+		}
+	}
+}
+
+func TestWorkspaceFiles(t *testing.T) {
+	path := t.TempDir()
+	d, err := statedir.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := d.Workspace("ws-1")
+	for got, want := range map[string]string{
+		d.Database():                "state.db",
+		d.Layer("l1.qcow2"):         "layers/l1.qcow2",
+		w.Path():                    "workspaces/ws-1",
+		w.LockFile():                "workspaces/ws-1/lock",
+		w.RecordFile():              "workspaces/ws-1/workspace.json",
+		w.Output(12, "stderr"):      "workspaces/ws-1/commands/12.stderr",
+		filepath.Join(path, w.ID()): "ws-1",
+	} {
+		if got != filepath.Join(path, want) {
+			t.Errorf("got %s, want %s below %s", got, want, path)
 		}
 	}
 }
