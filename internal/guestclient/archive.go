@@ -19,7 +19,15 @@ func (c *Client) UploadArchive(ctx context.Context, destination string, r io.Rea
 		Envelope:    guestproto.Envelope{Action: guestproto.ActionExtractArchive, Stream: true},
 		Destination: destination,
 	}
-	reply, err := c.upload(ctx, req, func(l *link) error {
+	return upload(ctx, c, unpacking, req, sendData(r), resultOf((*guestproto.ExtractReply).Check, "entry_count", "bytes_written"))
+}
+
+// unpacking is what an upload of an archive does.
+const unpacking = "unpacking an archive in the guest"
+
+// sendData sends what r yields as FrameData, and FrameDataEnd behind it.
+func sendData(r io.Reader) func(*link) error {
+	return func(l *link) error {
 		buf := make([]byte, 32<<10)
 		for {
 			n, err := r.Read(buf)
@@ -36,35 +44,41 @@ func (c *Client) UploadArchive(ctx context.Context, destination string, r io.Rea
 				return &sourceError{err}
 			}
 		}
-	}, func(l *link) (guestproto.ExtractReply, error) {
-		var reply guestproto.ExtractReply
+	}
+}
+
+// resultOf reads the one FrameResult or FrameError that answers an upload.
+func resultOf[R any](check func(*R) error, required ...string) func(*link) (R, error) {
+	return func(l *link) (R, error) {
+		var reply, none R
 		typ, p, err := newFrames(l).next(0)
 		switch {
 		case err != nil:
-			return reply, err
+			return none, err
 		case typ == guestproto.FrameError:
-			return reply, remoteError(p)
+			return none, remoteError(p)
 		case typ != guestproto.FrameResult:
-			return reply, unexpectedFrame(typ)
+			return none, unexpectedFrame(typ)
 		}
-		err = guestproto.Decode(p, &reply, "entry_count", "bytes_written")
-		return reply, err
-	})
-	return reply, err
+		if err := guestproto.Decode(p, &reply, required...); err != nil {
+			return none, err
+		}
+		return reply, check(&reply)
+	}
 }
 
 // UploadArchivePlain is UploadArchive in the plain form: r must yield exactly
 // size bytes.
 func (c *Client) UploadArchivePlain(ctx context.Context, destination string, r io.Reader, size int64) (guestproto.ExtractReply, error) {
 	if size < 0 {
-		return guestproto.ExtractReply{}, api.Errorf(api.ErrInvalid, "unpacking an archive in the guest: its size is %d", size)
+		return guestproto.ExtractReply{}, api.Errorf(api.ErrInvalid, "%s: its size is %d", unpacking, size)
 	}
 	req := guestproto.ExtractArchive{
 		Envelope:    guestproto.Envelope{Action: guestproto.ActionExtractArchive},
 		Destination: destination,
 		ArchiveSize: size,
 	}
-	return c.upload(ctx, req, func(l *link) error {
+	return upload(ctx, c, unpacking, req, func(l *link) error {
 		src := &sourceReader{r: io.LimitReader(r, size)}
 		n, err := io.CopyBuffer(deadlineWriter{l}, struct{ io.Reader }{src}, make([]byte, 32<<10))
 		switch {
@@ -77,39 +91,38 @@ func (c *Client) UploadArchivePlain(ctx context.Context, destination string, r i
 	}, func(l *link) (guestproto.ExtractReply, error) {
 		var reply guestproto.ExtractReply
 		_ = l.conn.SetReadDeadline(time.Time{})
-		err := l.readReply(&reply, "entry_count", "bytes_written")
-		return reply, err
+		if err := l.readReply(&reply, "entry_count", "bytes_written"); err != nil {
+			return reply, err
+		}
+		return reply, reply.Check()
 	})
 }
 
-// upload sends an archive and reads the answer. Unpacking may take long after
-// the last byte, so the answer is waited for until ctx ends.
-func (c *Client) upload(ctx context.Context, req any, send func(*link) error,
-	receive func(*link) (guestproto.ExtractReply, error)) (guestproto.ExtractReply, error) {
-	const doing = "unpacking an archive in the guest"
+// upload sends a request with data behind it and reads the answer. What the
+// guest does with the data may take long after the last byte, so the answer is
+// waited for until ctx ends.
+func upload[R any](ctx context.Context, c *Client, doing string, req any, send func(*link) error, receive func(*link) (R, error)) (R, error) {
+	var none R
 	l, err := c.open(ctx, req)
 	if err != nil {
-		return guestproto.ExtractReply{}, fmt.Errorf("%s: %w", doing, err)
+		return none, fmt.Errorf("%s: %w", doing, err)
 	}
 	defer l.close()
 	sendErr := send(l)
 	var src *sourceError
 	if errors.As(sendErr, &src) {
-		return guestproto.ExtractReply{}, fmt.Errorf("%s: reading the archive: %w", doing, l.caller(ctx, src.err))
+		return none, fmt.Errorf("%s: reading what to send: %w", doing, l.caller(ctx, src.err))
 	}
 	if sendErr != nil && !hungUp(sendErr) {
-		return guestproto.ExtractReply{}, fmt.Errorf("%s: sending it: %w", doing, l.cause(ctx, sendErr))
+		return none, fmt.Errorf("%s: sending it: %w", doing, l.cause(ctx, sendErr))
 	}
 	// A guest that hung up in the middle has said why.
 	reply, err := receive(l)
 	if err == nil && sendErr != nil {
-		err = api.Errorf(api.ErrDamaged, "the guest reports success without having read the archive")
-	}
-	if err == nil {
-		err = reply.Check()
+		err = api.Errorf(api.ErrDamaged, "the guest reports success without having read it all")
 	}
 	if err != nil {
-		return guestproto.ExtractReply{}, fmt.Errorf("%s: %w", doing, l.cause(ctx, err))
+		return none, fmt.Errorf("%s: %w", doing, l.cause(ctx, err))
 	}
 	return reply, nil
 }
@@ -172,53 +185,27 @@ func (c *Client) ExportArchive(ctx context.Context, path string, w io.Writer) (g
 func (c *Client) receiveFrames(l *link, w io.Writer) (guestproto.ExportHeader, error) {
 	var head, result guestproto.ExportHeader
 	fr := newFrames(l)
-	typ, p, err := fr.next(l.patience)
-	switch {
-	case err != nil:
+	if err := receiveHeader(fr, l.patience, &head, "workspace_path", "artifact_type"); err != nil {
 		return head, err
-	case typ == guestproto.FrameError:
-		return head, remoteError(p)
-	case typ != guestproto.FrameHeader:
-		return head, unexpectedFrame(typ)
-	}
-	if err := guestproto.Decode(p, &head, "workspace_path", "artifact_type"); err != nil {
-		return head, fmt.Errorf("reading the archive's header: %w", err)
 	}
 	if err := head.Check(c.opts.MaxArchive); err != nil {
 		return head, err
 	}
 	var total int64
-	ended := false
 	pace := newPace(l)
-	for {
-		typ, p, err := fr.next(l.patience)
-		if err != nil {
-			return head, err
+	err := receiveData(fr, l.patience, func(p []byte) error {
+		if total += int64(len(p)); total > c.opts.MaxArchive {
+			return api.Errorf(api.ErrExhausted, "the guest's archive is longer than the limit of %d bytes", c.opts.MaxArchive)
 		}
-		switch {
-		case typ == guestproto.FrameData && !ended:
-			if total += int64(len(p)); total > c.opts.MaxArchive {
-				return head, api.Errorf(api.ErrExhausted, "the guest's archive is longer than the limit of %d bytes", c.opts.MaxArchive)
-			}
-			if err := pace.write(w, p); err != nil {
-				return head, err
-			}
-		case typ == guestproto.FrameDataEnd && !ended:
-			ended = true
-		case typ == guestproto.FrameError:
-			return head, remoteError(p)
-		case typ == guestproto.FrameResult && ended:
-			if err := guestproto.Decode(p, &result, "archive_size", "entry_count", "bytes_written"); err != nil {
-				return head, fmt.Errorf("reading the archive's result: %w", err)
-			}
-			if result.ArchiveSize != total {
-				return head, api.Errorf(api.ErrDamaged, "the guest sent %d bytes of archive and reports %d", total, result.ArchiveSize)
-			}
-			return result, result.Check(c.opts.MaxArchive)
-		default:
-			return head, unexpectedFrame(typ)
-		}
+		return pace.write(w, p)
+	}, &result, "archive_size", "entry_count", "bytes_written")
+	if err != nil {
+		return head, err
 	}
+	if result.ArchiveSize != total {
+		return head, api.Errorf(api.ErrDamaged, "the guest sent %d bytes of archive and reports %d", total, result.ArchiveSize)
+	}
+	return result, result.Check(c.opts.MaxArchive)
 }
 
 // ExportArchivePlain is ExportArchive in the plain form.

@@ -18,6 +18,13 @@ const (
 	ActionStatusService  = "status_service"
 	ActionLogsService    = "logs_service"
 	ActionStopService    = "stop_service"
+	ActionFlush          = "flush"
+	ActionManifest       = "manifest"
+	ActionListFiles      = "list_files"
+	ActionReadFile       = "read_file"
+	ActionWriteFile      = "write_file"
+	ActionSync           = "sync"
+	ActionExportFiles    = "export_files"
 )
 
 // Envelope is what every request line has in common.

@@ -5,7 +5,8 @@ package guestproto
 // with ErrUnsupported and names both numbers.
 //
 //	1  2026-11-22  plain form, streaming exec and archives, hello, shutdown
-const Version = 1
+//	2  2026-11-22  flush, manifest, list_files, read_file, write_file, sync, export_files
+const Version = 2
 
 // Port is the port on which the guest agent answers.
 const Port = 5005
@@ -39,4 +40,6 @@ const (
 	CapTTY           = "tty"
 	CapShells        = "shells"
 	CapServices      = "services"
+	CapFiles         = "files"
+	CapSync          = "sync"
 )
