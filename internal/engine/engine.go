@@ -139,6 +139,11 @@ const (
 	DiskDirectory DiskFormat = "directory" // directory whose content is the layer's
 )
 
+// UnfinishedSuffix is behind the name of a disk or layer that is still being
+// made: it is renamed when it is whole. Whoever clears up after a killed process
+// removes what is called so.
+const UnfinishedSuffix = ".new"
+
 // A DiskSnapshotter is a Machine whose disk can be frozen while it runs.
 type DiskSnapshotter interface {
 	// SnapshotDisk makes what the disk holds now an immutable layer. The
@@ -157,6 +162,20 @@ type DiskSnapshotter interface {
 	// use), and anything else at spare is to be removed; a complete layer only
 	// ever appears at spare whole.
 	SnapshotDisk(ctx context.Context, spare string) (frozen string, err error)
+}
+
+// A LayerMerger is an Engine that can take one layer out of the disk of a machine
+// that does not run.
+type LayerMerger interface {
+	// MergeLayer moves what chain[i] holds and the layer above it, chain[i+1],
+	// does not into the latter. Afterwards a disk that stands on
+	// chain without chain[i] holds the same as one on chain, which goes on
+	// being right, too: chain[i] is not changed. So a process that is killed at
+	// any moment leaves a chain that is right, and calling again finishes.
+	// chain holds MachineSpec's Layers, and Disk as the last if that is
+	// to be chain[i+1] or lies above it. No machine may use chain[i+1]:
+	// ErrBusy if one does.
+	MergeLayer(ctx context.Context, chain []string, i int, rootImage string) error
 }
 
 // A Describer is an Engine that knows more facts for doctor than Probe tells,

@@ -48,6 +48,12 @@ func Run(t *testing.T, s Subject) {
 		{"StopTwice", testStopTwice},
 		{"Killed", testKilled},
 		{"Pause", testPause},
+		{"DiskElsewhere", testDiskElsewhere},
+		{"SnapshotDisk", testSnapshotDisk},
+		{"ManySnapshots", testManySnapshots},
+		{"SnapshotWhileWriting", testSnapshotWhileWriting},
+		{"SnapshotRefused", testSnapshotRefused},
+		{"SnapshotThenKilled", testSnapshotThenKilled},
 		{"Refuses", testRefuses},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, s) })

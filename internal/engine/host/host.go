@@ -7,6 +7,7 @@ package host
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -46,14 +47,27 @@ func (Engine) Probe(context.Context) engine.Capabilities {
 	}
 	return engine.Capabilities{
 		Available: true, Isolation: api.IsolationNone, FullSpeed: true, TimeScale: 1,
+		Disk:   engine.DiskDirectory,
 		Detail: "no isolation: commands run on this host, only with --allow-host-compat",
 	}
 }
 
 // Start implements [engine.Engine]. Guest paths such as /workspace lie below
-// Dir/root.
-func (Engine) Start(_ context.Context, spec engine.MachineSpec) (engine.Machine, error) {
-	root := filepath.Join(spec.Dir, "root")
+// the disk, a directory, by default Dir/root. It stands on nothing: each layer
+// is a complete copy, and a new disk one of the highest.
+func (Engine) Start(ctx context.Context, spec engine.MachineSpec) (engine.Machine, error) {
+	log := cmp.Or(spec.Logger, slog.New(slog.DiscardHandler))
+	root := cmp.Or(spec.Disk, filepath.Join(spec.Dir, "root"))
+	switch st, err := os.Stat(root); {
+	case errors.Is(err, os.ErrNotExist) && len(spec.Layers) > 0:
+		skipped, err := copyTree(ctx, spec.Layers[len(spec.Layers)-1], root)
+		if err != nil {
+			return nil, fmt.Errorf("creating the machine's disk: %w", err)
+		}
+		logSkipped(log, skipped)
+	case err == nil && !st.IsDir():
+		return nil, api.Errorf(api.ErrDamaged, "the machine's disk %s is not a directory", root)
+	}
 	if err := os.MkdirAll(filepath.Join(root, "workspace"), 0o755); err != nil {
 		return nil, fmt.Errorf("starting on the host: %w", err)
 	}
@@ -75,7 +89,7 @@ func (Engine) Start(_ context.Context, spec engine.MachineSpec) (engine.Machine,
 	if err := hostproc.StartTied(cmd); err != nil {
 		return nil, api.WithHint(fmt.Errorf("starting the guest agent: %w", err), "reinstall pyro, or name the agent with PYRO_AGENT")
 	}
-	m := &machine{id: spec.ID, cmd: cmd, socket: socket, log: cmp.Or(spec.Logger, slog.New(slog.DiscardHandler)), done: make(chan struct{})}
+	m := &machine{id: spec.ID, cmd: cmd, socket: socket, disk: root, log: log, done: make(chan struct{})}
 	go m.wait()
 	return m, nil
 }
@@ -85,6 +99,7 @@ type machine struct {
 	id     string
 	cmd    *exec.Cmd
 	socket string
+	disk   string
 	log    *slog.Logger
 
 	mu    sync.Mutex // guards asked
@@ -94,7 +109,10 @@ type machine struct {
 	exit engine.Exit
 }
 
-var _ engine.Machine = (*machine)(nil)
+var (
+	_ engine.Machine         = (*machine)(nil)
+	_ engine.DiskSnapshotter = (*machine)(nil)
+)
 
 func (m *machine) wait() {
 	err := m.cmd.Wait()
@@ -117,6 +135,29 @@ func (m *machine) DialGuest(ctx context.Context) (net.Conn, error) {
 		return nil, api.Errorf(api.ErrUnavailable, "the machine is gone: %s", m.exit.Reason)
 	default:
 		return guestconn.DialHybrid(ctx, m.socket, guestproto.Port)
+	}
+}
+
+// SnapshotDisk implements [engine.DiskSnapshotter]: the layer is a copy, made
+// while commands go on. What they write meanwhile may be in it or not, each file
+// for itself; nothing here could hold them still.
+func (m *machine) SnapshotDisk(ctx context.Context, spare string) (string, error) {
+	select {
+	case <-m.done:
+		return "", api.Errorf(api.ErrUnavailable, "the machine is gone: %s", m.exit.Reason)
+	default:
+	}
+	skipped, err := copyTree(ctx, m.disk, spare)
+	if err != nil {
+		return "", fmt.Errorf("copying the machine's disk: %w", err)
+	}
+	logSkipped(m.log, skipped)
+	return spare, nil
+}
+
+func logSkipped(log *slog.Logger, skipped int) {
+	if skipped > 0 {
+		log.Warn("files that cannot be read were left out of a disk's copy", "count", skipped)
 	}
 }
 
