@@ -58,7 +58,7 @@ var layers = [][]string{
 	{""}, // package pyro, the SDK
 	{"internal/workspace"},
 	{"internal/supervisor"},
-	{"internal/environment", "internal/guestkernel"},
+	{"internal/environment", "internal/guestkernel", "internal/seed"},
 	{"internal/engine/all"},
 	{"internal/engine/enginetest"},
 	{"internal/engine/qemu", "internal/engine/gvisor", "internal/engine/host"},
@@ -68,11 +68,11 @@ var layers = [][]string{
 	{"internal/guestconn"},
 	{"internal/guestproto"},
 	{"internal/workspacedisk"},
-	{"internal/ext4image", "internal/archive"},
+	{"internal/ext4image", "internal/archive", "internal/gitdiff", "internal/patch"},
 	{"internal/mmdebstrap"},
 	{"internal/artifact"},
 	{"internal/statedir"},
-	{"internal/hostproc", "internal/boundedlog"},
+	{"internal/hostproc", "internal/boundedlog", "internal/manifest"},
 	{"internal/testenv"},
 	{"api"},
 }
