@@ -61,7 +61,10 @@ func openCopy(ctx context.Context, f *os.File, limits Limits) (*Disk, error) {
 	if d.fs, err = ext4.Open(ctx, raw, raw.size); err != nil {
 		return nil, fmt.Errorf("reading the copy: %w", err)
 	}
-	d.tree = tree{lower: d.fs, maxNames: limits.MaxEntries}
+	d.replayed = d.fs.Replayed()
+	if d.tree, err = treeOf(d.fs, limits); err != nil {
+		return nil, fmt.Errorf("reading the copy: %w", err)
+	}
 	return d, nil
 }
 

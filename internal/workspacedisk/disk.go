@@ -47,25 +47,27 @@ type Options struct {
 	// HideRuntime leaves the runtime paths out of listings and reads, as if
 	// they had been scrubbed. Use it for workspaces.
 	HideRuntime bool
-	// DiskBytes is how large Export makes the image of a disk with a layer, at
-	// least; 0 means as large as the layer. Other disks keep their size.
+	// DiskBytes is how large Export makes the image of a disk with layers, at
+	// least; 0 means as large as the highest. Other disks keep their size.
 	DiskBytes int64
 	Limits    Limits
 }
 
 // A Disk is one open disk. Its methods may be called concurrently.
 type Disk struct {
-	chain      *chain
-	layerChain *chain   // of src.Layer; nil without
-	fs         *ext4.FS // of the image itself
-	tree       tree
-	src        Source
-	opts       Options
-	hideIn     *fileID // directory in which runtimeNames are hidden, nil for none
+	chain       *chain
+	layerChains []*chain // of src.Layers
+	layerBytes  int64    // size of the highest of them
+	fs          *ext4.FS // of the image itself
+	replayed    bool
+	tree        tree
+	src         Source
+	opts        Options
+	hideIn      *fileID // directory in which runtimeNames are hidden, nil for none
 }
 
 // Open opens a disk for reading and holds QEMU's image locks on its files until
-// Close, so no machine starts on it meanwhile; on a layer, gVisor's. A disk that
+// Close, so no machine starts on it meanwhile; on layers, gVisor's. A disk that
 // a machine has open is ErrBusy ("must be stopped"). A journal that needs
 // recovery is recovered in memory. What is not ext4, or a layer that is a
 // directory, is ErrUnsupported, a damaged image ErrDamaged.
@@ -87,11 +89,12 @@ func (d *Disk) open(ctx context.Context) (err error) {
 	if d.fs, err = ext4.Open(ctx, d.chain.top, d.chain.top.Size()); err != nil {
 		return wrapOpen(d.src.Path, err)
 	}
-	d.tree = tree{lower: d.fs, maxNames: d.opts.Limits.MaxEntries}
-	if d.src.Layer != nil {
-		if err := d.openUpper(ctx); err != nil {
-			return wrapOpen(d.src.Layer.Path, err)
-		}
+	d.replayed = d.fs.Replayed()
+	if d.tree, err = treeOf(d.fs, d.opts.Limits); err != nil {
+		return wrapOpen(d.src.Path, err)
+	}
+	if err := d.openLayers(ctx); err != nil {
+		return err
 	}
 	if d.opts.HideRuntime {
 		return wrapOpen(d.src.Path, d.hideRuntime(ctx))
@@ -102,26 +105,20 @@ func (d *Disk) open(ctx context.Context) (err error) {
 // Close releases the files and their locks.
 func (d *Disk) Close() error {
 	err := d.chain.Close()
-	if d.layerChain != nil {
-		err = errors.Join(err, d.layerChain.Close())
+	for _, c := range d.layerChains {
+		err = errors.Join(err, c.Close())
 	}
 	return err
 }
 
 // Replayed reports whether a journal needed recovery.
-func (d *Disk) Replayed() bool {
-	return d.fs.Replayed() || d.tree.upper != nil && d.tree.upper.Replayed()
-}
+func (d *Disk) Replayed() bool { return d.replayed }
 
 func (d *Disk) budget() *ext4.Budget { return &ext4.Budget{DirBytes: d.opts.Limits.MaxDirBytes} }
 
 // hideRuntime finds the directory whose runtime names are hidden from then on.
 func (d *Disk) hideRuntime(ctx context.Context) error {
-	root, err := d.tree.root()
-	if err != nil {
-		return err
-	}
-	run, ok, err := d.tree.lookup(ctx, root, d.budget(), runtimeDir)
+	run, ok, err := d.tree.lookup(ctx, d.tree.root(), d.budget(), runtimeDir)
 	if err != nil || !ok {
 		return err
 	}
@@ -181,11 +178,7 @@ func (d *Disk) resolve(ctx context.Context, guestPath string, budget *ext4.Budge
 
 // walk is resolve with ok false for what does not exist.
 func (d *Disk) walk(ctx context.Context, guestPath string, budget *ext4.Budget) (f file, ok bool, err error) {
-	root, err := d.tree.root()
-	if err != nil {
-		return file{}, false, err
-	}
-	stack := []file{root} // from the root to where we are
+	stack := []file{d.tree.root()} // from the root to where we are
 	rest := components(guestPath)
 	for links := 0; len(rest) > 0; {
 		here := stack[len(stack)-1]

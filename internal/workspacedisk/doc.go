@@ -8,10 +8,10 @@
 // of the image is ever used on the host or put into a command, and lists and
 // sizes are bounded by [Limits]. The host never mounts an image.
 //
-// The disk of a gVisor machine is an image and a layer over it, which the host's
-// kernel joined with overlayfs while the machine ran. Here the two are joined
-// again, entry by entry ([Source].Layer); redirects lead into the image below
-// only and to each directory once, so no layer makes a walk longer than the two
+// The disk of a gVisor machine is an image and layers over it, which the host's
+// kernel joined with overlayfs while the machine ran. Here they are joined
+// again, entry by entry ([Source].Layers); redirects lead into the layers below
+// only and to each directory once, so no layer makes a walk longer than the
 // images are large. Its export is written anew, by package ext4image.
 //
 // A disk of a machine that was killed has a journal to recover. It is

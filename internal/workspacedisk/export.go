@@ -20,7 +20,7 @@ import (
 // another format's header, is zero. An outputPath that exists is ErrExists.
 // Recovery and scrubbing need e2fsprogs, a disk without need of them does not.
 //
-// Of a disk with a layer the image is made anew from its files, with owners,
+// Of a disk with layers the image is made anew from its files, with owners,
 // permissions, modification times and the extended attributes of users and
 // security; it is as large as Options.DiskBytes says, or what the files take.
 func (d *Disk) Export(ctx context.Context, outputPath string) (*api.DiskExport, error) {
@@ -49,7 +49,7 @@ func (d *Disk) Export(ctx context.Context, outputPath string) (*api.DiskExport, 
 
 // fill writes the disk into f, which is empty, and returns the size of f.
 func (d *Disk) fill(ctx context.Context, f *os.File) (size int64, err error) {
-	if d.tree.upper != nil {
+	if len(d.src.Layers) > 0 {
 		return d.exportMerged(ctx, f)
 	}
 	// What lies around the filesystem is not handed out.

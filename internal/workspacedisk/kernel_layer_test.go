@@ -21,19 +21,28 @@ import (
 	"github.com/pyro-mcp/pyro/internal/workspacedisk"
 )
 
-// mountLayer has the kernel join two images as gVisor's engine does, and
-// returns the root and how to unmount it all, which happens at the end anyway.
-func mountLayer(t testing.TB, src workspacedisk.Source) (root string, unmount func()) {
+// mountLayers has the kernel join images as gVisor's engine does, the highest to
+// be written, and returns the root and how to unmount it all, which happens at
+// the end anyway.
+func mountLayers(t testing.TB, src workspacedisk.Source) (root string, unmount func()) {
 	t.Helper()
-	base, unmountBase := mount(t, src.Path, "ro")
-	layer, unmountLayer := mount(t, src.Layer.Path, "noinit_itable")
+	below, unmountBase := mount(t, src.Path, "ro")
+	unmounts := []func(){unmountBase}
+	last := len(src.Layers) - 1
+	for _, l := range src.Layers[:last] {
+		dir, unmountLayer := mount(t, l.Path, "ro,noload")
+		unmounts = append(unmounts, unmountLayer)
+		below = filepath.Join(dir, "upper") + ":" + below
+	}
+	layer, unmountLayer := mount(t, src.Layers[last].Path, "noinit_itable")
+	unmounts = append(unmounts, unmountLayer)
 	for _, name := range []string{"upper", "work"} {
 		if err := os.Mkdir(filepath.Join(layer, name), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 			t.Fatal(err)
 		}
 	}
 	root = t.TempDir()
-	options := fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work,redirect_dir=on,xino=on,index=off,metacopy=off", base, layer, layer)
+	options := fmt.Sprintf("lowerdir=%s,upperdir=%s/upper,workdir=%s/work,redirect_dir=on,xino=on,index=off,metacopy=off", below, layer, layer)
 	if err := unix.Mount("overlay", root, "overlay", unix.MS_NOATIME|unix.MS_NODEV, options); err != nil {
 		testenv.Require(t, "loopmount", false, fmt.Sprintf("mounting an overlay: %v", err))
 	}
@@ -49,36 +58,99 @@ func mountLayer(t testing.TB, src workspacedisk.Source) (root string, unmount fu
 	t.Cleanup(unmountRoot)
 	return root, func() {
 		unmountRoot()
-		unmountLayer()
-		unmountBase()
+		for _, unmount := range slices.Backward(unmounts) {
+			unmount()
+		}
 	}
 }
 
-// TestKernelMarks lets the kernel say what the marks of TestLayer mean.
+// kernelShows is contents for what the kernel shows of a tree.
+func kernelShows(t testing.TB, root string) map[string]string {
+	t.Helper()
+	got := map[string]string{}
+	for p, n := range hostTree(t, root) {
+		switch n.Type {
+		case "file":
+			got[p] = n.Content
+		case "symlink":
+			got[p] = "-> " + n.Target
+		default:
+			got[p] = n.Type
+		}
+	}
+	delete(got, "/lost+found")
+	return got
+}
+
+// TestKernelMarks lets the kernel say what the marks of TestLayer and TestLayers
+// mean.
 func TestKernelMarks(t *testing.T) {
 	if os.Geteuid() != 0 {
 		testenv.Require(t, "loopmount", false, "mounting an image takes root")
 	}
 	for _, tt := range layerTests {
 		t.Run(tt.name, func(t *testing.T) {
-			root, unmount := mountLayer(t, layered(t, baseTree, tt.upper))
+			root, unmount := mountLayers(t, layered(t, baseTree, tt.upper))
 			defer unmount()
-			got := map[string]string{}
-			for p, n := range hostTree(t, root) {
-				switch n.Type {
-				case "file":
-					got[p] = n.Content
-				case "symlink":
-					got[p] = "-> " + n.Target
-				default:
-					got[p] = n.Type
-				}
-			}
-			delete(got, "/lost+found")
-			if diff := cmp.Diff(shown(tt.gone, tt.want), got); diff != "" {
+			if diff := cmp.Diff(shown(tt.gone, tt.want), kernelShows(t, root)); diff != "" {
 				t.Errorf("the kernel shows (-want +got):\n%s", diff)
 			}
 		})
+	}
+	for _, tt := range layersTests {
+		t.Run(tt.name, func(t *testing.T) {
+			root, unmount := mountLayers(t, layered(t, baseTree, tt.layers...))
+			defer unmount()
+			if diff := cmp.Diff(shown(tt.gone, tt.want), kernelShows(t, root)); diff != "" {
+				t.Errorf("the kernel shows (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestKernelLayers reads layers that the kernel wrote one over the other, each
+// after a few hundred random changes.
+func TestKernelLayers(t *testing.T) {
+	needTools(t)
+	src := workspacedisk.Source{Path: makeImage(t, layerBase(t), "64M"), Format: workspacedisk.FormatRaw}
+	for n := range 6 {
+		src.Layers = append(src.Layers, workspacedisk.Source{Path: handmade(t, "", nil), Format: workspacedisk.FormatRaw})
+		root, unmount := mountLayers(t, src)
+		c := changer{t: t, root: root, rand: rand.New(rand.NewPCG(uint64(n), 7))}
+		for range 200 {
+			c.change()
+		}
+		unmount()
+		// As the next layer finds it: merged directories are looked up anew.
+		root, unmount = mountLayers(t, src)
+		want, wantMeta := hostTree(t, root), metadata(t, root)
+		delete(want, "/lost+found")
+		wantWalk := hostWalk(t, root)
+		unmount()
+		d := openSource(t, src)
+		compareTree(t, want, d)
+		if diff := cmp.Diff(wantWalk, walked(t, d, "/")); diff != "" {
+			t.Errorf("walking %d layers (-kernel +disk):\n%s", n+1, diff)
+		}
+		if n == 5 {
+			out := filepath.Join(t.TempDir(), "out.ext4")
+			if _, err := d.Export(t.Context(), out); err != nil {
+				t.Fatal(err)
+			}
+			fsck(t, out)
+			dataMustNotHold(t, out, "overlay.")
+			exported, unmountExport := mount(t, out, "ro")
+			if diff := cmp.Diff(wantMeta, metadata(t, exported)); diff != "" {
+				t.Errorf("exported metadata (-want +got):\n%s", diff)
+			}
+			unmountExport()
+		}
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if t.Failed() {
+			t.Fatalf("with %d layers", n+1)
+		}
 	}
 }
 
@@ -90,9 +162,9 @@ func TestKernelLayer(t *testing.T) {
 		t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
 			src := workspacedisk.Source{
 				Path: makeImage(t, layerBase(t), "64M"), Format: workspacedisk.FormatRaw,
-				Layer: &workspacedisk.Source{Path: handmade(t, "", nil), Format: workspacedisk.FormatRaw},
+				Layers: []workspacedisk.Source{{Path: handmade(t, "", nil), Format: workspacedisk.FormatRaw}},
 			}
-			root, unmount := mountLayer(t, src)
+			root, unmount := mountLayers(t, src)
 			c := changer{t: t, root: root, rand: rand.New(rand.NewPCG(seed, 1))}
 			for range 600 {
 				c.change()
@@ -107,9 +179,7 @@ func TestKernelLayer(t *testing.T) {
 				syncFile(t, root)
 				want, wantMeta = hostTree(t, root), metadata(t, root)
 				delete(want, "/lost+found")
-				crashed := *src.Layer
-				crashed.Path = crash(t, src.Layer.Path)
-				src.Layer = &crashed
+				src.Layers = []workspacedisk.Source{{Path: crash(t, src.Layers[0].Path), Format: workspacedisk.FormatRaw}}
 			}
 			unmount()
 

@@ -88,14 +88,15 @@ func handmade(t testing.TB, dir string, puts []put) string {
 	return img
 }
 
-// layered is the source of handmade images.
-func layered(t testing.TB, base, upper []put) workspacedisk.Source {
+// layered is the source of handmade images, the lowest layer first.
+func layered(t testing.TB, base []put, layers ...[]put) workspacedisk.Source {
 	t.Helper()
-	upper = append([]put{dirAt("")}, upper...)
-	return workspacedisk.Source{
-		Path: handmade(t, "", base), Format: workspacedisk.FormatRaw,
-		Layer: &workspacedisk.Source{Path: handmade(t, "/upper", upper), Format: workspacedisk.FormatRaw},
+	src := workspacedisk.Source{Path: handmade(t, "", base), Format: workspacedisk.FormatRaw}
+	for _, l := range layers {
+		img := handmade(t, "/upper", append([]put{dirAt("")}, l...))
+		src.Layers = append(src.Layers, workspacedisk.Source{Path: img, Format: workspacedisk.FormatRaw})
 	}
+	return src
 }
 
 // dataMustNotHold is mustNotHold for a file that is mostly holes.

@@ -71,35 +71,100 @@ var layerTests = []struct {
 	{"other marks", []put{dirAt("/b", "impure=y", "origin=xyz", "nlink=U+1", "uuid=1234")}, nil, nil},
 }
 
+// layersTests holds what several layers do to one another, the lowest first.
+var layersTests = []struct {
+	name   string
+	layers [][]put
+	gone   []string          // of base
+	want   map[string]string // besides base
+}{
+	{"each adds", [][]put{{dirAt("/a"), fileAt("/a/1")}, {dirAt("/a"), fileAt("/a/2")}, {fileAt("/3")}}, nil,
+		map[string]string{"/a/1": "in /a/1", "/a/2": "in /a/2", "/3": "in /3"}},
+	{"the highest wins", [][]put{{put{path: "/top", mode: ext4image.ModeFile, content: "1"}}, {put{path: "/top", mode: ext4image.ModeFile, content: "2"}}}, nil,
+		map[string]string{"/top": "2"}},
+	{"a whiteout between", [][]put{{fileAt("/x")}, {whiteoutAt("/x"), whiteoutAt("/top")}, nil}, []string{"/top"}, nil},
+	{"a file over a whiteout", [][]put{{whiteoutAt("/top")}, {linkAt("/top", "again")}}, nil, map[string]string{"/top": "-> again"}},
+	{"a directory over a whiteout shows nothing below it", [][]put{{whiteoutAt("/b")}, {dirAt("/b"), fileAt("/b/x")}}, []string{"/b/file"},
+		map[string]string{"/b/x": "in /b/x"}},
+	{"a directory over a file over a directory", [][]put{{fileAt("/b")}, {dirAt("/b"), fileAt("/b/x")}}, []string{"/b/file"},
+		map[string]string{"/b/x": "in /b/x"}},
+	{"opaque between", [][]put{{dirAt("/b"), fileAt("/b/1")}, {dirAt("/b", "opaque=y"), fileAt("/b/2")}, {dirAt("/b"), fileAt("/b/3")}}, []string{"/b/file"},
+		map[string]string{"/b/2": "in /b/2", "/b/3": "in /b/3"}},
+	{"a redirect of a redirect", [][]put{{whiteoutAt("/a"), dirAt("/n", "redirect=/a")}, {whiteoutAt("/n"), dirAt("/m", "redirect=n")}},
+		[]string{"/a", "/a/file", "/a/sub", "/a/sub/deep"},
+		map[string]string{"/m": "directory", "/m/file": "in /a/file", "/m/sub": "directory", "/m/sub/deep": "in /a/sub/deep"}},
+	{"a directory of a redirected one is moved out", [][]put{{whiteoutAt("/a"), dirAt("/n", "redirect=/a")}, {dirAt("/n"), whiteoutAt("/n/sub"), dirAt("/m", "redirect=/n/sub")}},
+		[]string{"/a", "/a/file", "/a/sub", "/a/sub/deep"},
+		map[string]string{"/n": "directory", "/n/file": "in /a/file", "/m": "directory", "/m/deep": "in /a/sub/deep"}},
+	{"a relative redirect on the way", [][]put{{whiteoutAt("/a"), dirAt("/n", "redirect=a")}, {dirAt("/n"), whiteoutAt("/n/sub"), dirAt("/m", "redirect=/n/sub")}},
+		[]string{"/a", "/a/file", "/a/sub", "/a/sub/deep"},
+		map[string]string{"/n": "directory", "/n/file": "in /a/file", "/m": "directory", "/m/deep": "in /a/sub/deep"}},
+	{"an opaque directory on the way", [][]put{{dirAt("/a", "opaque=y")}, {dirAt("/m", "redirect=/a/sub")}},
+		[]string{"/a/file", "/a/sub", "/a/sub/deep"}, map[string]string{"/m": "directory"}},
+	{"a redirect out of an opaque directory on the way", [][]put{{dirAt("/a", "opaque=y"), dirAt("/a/n", "redirect=/b"), whiteoutAt("/b")}, {dirAt("/a"), whiteoutAt("/a/n"), dirAt("/m", "redirect=/a/n")}},
+		[]string{"/a/file", "/a/sub", "/a/sub/deep", "/b", "/b/file"}, map[string]string{"/m": "directory", "/m/file": "in /b/file"}},
+	{"a whiteout on the way", [][]put{{whiteoutAt("/a")}, {dirAt("/m", "redirect=/a/sub")}},
+		[]string{"/a", "/a/file", "/a/sub", "/a/sub/deep"}, map[string]string{"/m": "directory"}},
+	{"a file on the way", [][]put{{fileAt("/a")}, {dirAt("/m", "redirect=/a/sub")}},
+		[]string{"/a/file", "/a/sub", "/a/sub/deep"}, map[string]string{"/a": "in /a", "/m": "directory"}},
+	{"a redirect passes layers that lack it", [][]put{{fileAt("/1")}, {fileAt("/2")}, {whiteoutAt("/b"), dirAt("/n", "redirect=/b")}},
+		[]string{"/b", "/b/file"}, map[string]string{"/1": "in /1", "/2": "in /2", "/n": "directory", "/n/file": "in /b/file"}},
+	{"a redirect merges what is there under the old name", [][]put{{dirAt("/b"), fileAt("/b/1")}, {whiteoutAt("/b"), dirAt("/n", "redirect=b"), fileAt("/n/2")}},
+		[]string{"/b", "/b/file"}, map[string]string{"/n": "directory", "/n/file": "in /b/file", "/n/1": "in /b/1", "/n/2": "in /n/2"}},
+	{"a redirect in the middle", [][]put{{dirAt("/b"), fileAt("/b/1")}, {whiteoutAt("/b"), dirAt("/n", "redirect=/b")}, {dirAt("/n"), whiteoutAt("/n/1"), fileAt("/n/3")}},
+		[]string{"/b", "/b/file"}, map[string]string{"/n": "directory", "/n/file": "in /b/file", "/n/3": "in /n/3"}},
+	{"a whiteout file between", [][]put{{emptyAt("/top", "whiteout=")}, {fileAt("/x")}}, []string{"/top"}, map[string]string{"/x": "in /x"}},
+	{"a layer of nothing", [][]put{{dirAt("/b"), fileAt("/b/1")}, nil, {dirAt("/b")}}, nil, map[string]string{"/b/1": "in /b/1"}},
+}
+
 // TestLayer: TestKernelMarks asks the kernel the same.
 func TestLayer(t *testing.T) {
 	t.Parallel()
 	for _, tt := range layerTests {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			want := shown(tt.gone, tt.want)
-			d := openSource(t, layered(t, baseTree, tt.upper))
-			if diff := cmp.Diff(want, contents(t, d)); diff != "" {
-				t.Errorf("listed (-want +got):\n%s", diff)
-			}
-			for _, p := range append(tt.gone, "/hidden-by-itself") {
-				if _, ok := want[p]; ok {
-					continue
-				}
-				if _, err := d.List(t.Context(), p, false); !errors.Is(err, api.ErrNotFound) {
-					t.Errorf("looking up %s: %v, want not found", p, err)
-				}
-			}
-			out := filepath.Join(t.TempDir(), "out.ext4")
-			if _, err := d.Export(t.Context(), out); err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(want, contents(t, openRaw(t, out))); diff != "" {
-				t.Errorf("exported (-want +got):\n%s", diff)
-			}
-			dataMustNotHold(t, out, "overlay.")
+			checkLayers(t, tt.gone, tt.want, tt.upper)
 		})
 	}
+}
+
+// TestLayers: TestKernelMarks asks the kernel the same.
+func TestLayers(t *testing.T) {
+	t.Parallel()
+	for _, tt := range layersTests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			checkLayers(t, tt.gone, tt.want, tt.layers...)
+		})
+	}
+}
+
+// checkLayers looks at layers over baseTree in every way.
+func checkLayers(t *testing.T, gone []string, more map[string]string, layers ...[]put) {
+	want := shown(gone, more)
+	d := openSource(t, layered(t, baseTree, layers...))
+	if diff := cmp.Diff(want, contents(t, d)); diff != "" {
+		t.Errorf("listed (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(want, walkedContents(t, d)); diff != "" {
+		t.Errorf("walked (-want +got):\n%s", diff)
+	}
+	for _, p := range append(gone, "/hidden-by-itself") {
+		if _, ok := want[p]; ok {
+			continue
+		}
+		if _, err := d.List(t.Context(), p, false); !errors.Is(err, api.ErrNotFound) {
+			t.Errorf("looking up %s: %v, want not found", p, err)
+		}
+	}
+	out := filepath.Join(t.TempDir(), "out.ext4")
+	if _, err := d.Export(t.Context(), out); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, contents(t, openRaw(t, out))); diff != "" {
+		t.Errorf("exported (-want +got):\n%s", diff)
+	}
+	dataMustNotHold(t, out, "overlay.")
 }
 
 // shown is what baseTree shows under a layer.
@@ -179,7 +244,7 @@ func TestLayerSources(t *testing.T) {
 	base := handmade(t, "", baseTree)
 	ok := handmade(t, "", []put{dirAt("/upper"), fileAt("/upper/new")})
 	nested := raw(ok)
-	nested.Layer = raw(ok)
+	nested.Layers = []workspacedisk.Source{*raw(ok)}
 	locked := handmade(t, "", nil)
 	holder, err := os.Open(locked)
 	if err != nil {
@@ -198,13 +263,13 @@ func TestLayerSources(t *testing.T) {
 		{"a directory", raw(t.TempDir()), api.ErrUnsupported, "lie in a directory"},
 		{"a missing one", raw(base + ".none"), api.ErrNotFound, "does not exist"},
 		{"of a running machine", raw(locked), api.ErrBusy, "must be stopped"},
-		{"a layer with a layer", nested, api.ErrInvalid, "no layer of its own"},
+		{"a layer with a layer", nested, api.ErrInvalid, "no layers of its own"},
 		{"a file in the place of upper", raw(handmade(t, "", []put{fileAt("/upper")})), api.ErrDamaged, "/upper is no directory"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			src := *raw(base)
-			src.Layer = tt.layer
+			src.Layers = []workspacedisk.Source{*tt.layer}
 			d, err := workspacedisk.Open(t.Context(), src, workspacedisk.Options{})
 			if err == nil {
 				d.Close()
@@ -216,14 +281,14 @@ func TestLayerSources(t *testing.T) {
 	}
 	t.Run("a machine that never started", func(t *testing.T) {
 		src := *raw(base)
-		src.Layer = raw(handmade(t, "", nil))
+		src.Layers = []workspacedisk.Source{*raw(handmade(t, "", nil))}
 		if diff := cmp.Diff(contents(t, openRaw(t, base)), contents(t, openSource(t, src))); diff != "" {
 			t.Errorf("(-base +disk):\n%s", diff)
 		}
 	})
 	t.Run("locked while open", func(t *testing.T) {
 		src := *raw(base)
-		src.Layer = raw(ok)
+		src.Layers = []workspacedisk.Source{*raw(ok)}
 		d := openSource(t, src)
 		f, err := os.Open(ok)
 		if err != nil {
@@ -240,7 +305,7 @@ func TestLayerSources(t *testing.T) {
 	})
 	t.Run("scrub", func(t *testing.T) {
 		src := *raw(base)
-		src.Layer = raw(ok)
+		src.Layers = []workspacedisk.Source{*raw(ok)}
 		if _, err := workspacedisk.Scrub(t.Context(), src, workspacedisk.Limits{}); !errors.Is(err, api.ErrInvalid) {
 			t.Errorf("scrubbing: %v", err)
 		}
@@ -348,7 +413,7 @@ func TestLayerSparse(t *testing.T) {
 	}
 	src := workspacedisk.Source{
 		Path: makeImage(t, dir, "32M"), Format: workspacedisk.FormatRaw,
-		Layer: &workspacedisk.Source{Path: handmade(t, "", nil), Format: workspacedisk.FormatRaw},
+		Layers: []workspacedisk.Source{{Path: handmade(t, "", nil), Format: workspacedisk.FormatRaw}},
 	}
 	out := filepath.Join(t.TempDir(), "out.ext4")
 	info, err := openSource(t, src).Export(t.Context(), out)
@@ -403,20 +468,25 @@ func FuzzMarks(f *testing.F) {
 		f.Add("x", s)
 	}
 	f.Fuzz(func(t *testing.T, opaque, redirect string) {
-		names, absolute, err := workspacedisk.DecodeMarks(opaque, redirect)
+		target, absolute, err := workspacedisk.DecodeMarks(opaque, redirect)
 		if err != nil {
 			if !errors.Is(err, api.ErrDamaged) {
 				t.Errorf("an error without a class: %v", err)
 			}
 			return
 		}
+		if opaque == "y" {
+			return
+		}
+		path, isAbsolute := strings.CutPrefix(target, "/")
+		names := strings.Split(path, "/")
 		for _, name := range names {
 			if name == "" || name == "." || name == ".." || len(name) > 255 || strings.ContainsAny(name, "/\x00") {
 				t.Errorf("the name %q", name)
 			}
 		}
-		if again := strings.Join(names, "/"); opaque != "y" && strings.TrimPrefix(redirect, "/") != again || len(names) > 1 && !absolute {
-			t.Errorf("%q became %q, absolute %v", redirect, again, absolute)
+		if target != redirect || isAbsolute != absolute || len(names) > 1 && !absolute {
+			t.Errorf("%q became %q, absolute %v", redirect, target, absolute)
 		}
 	})
 }

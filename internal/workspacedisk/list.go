@@ -88,9 +88,9 @@ func (d *Disk) walkTree(ctx context.Context, dir file, dirPath string, recursive
 		if err := visit(at.file.id()); err != nil {
 			return err
 		}
-		if at.file.below != nil {
+		for _, p := range at.file.below {
 			// A redirect to what shows elsewhere, which no kernel writes.
-			if err := visit(fileID{inode: at.file.below.Number}); err != nil {
+			if err := visit(p.id()); err != nil {
 				return err
 			}
 		}

@@ -14,10 +14,10 @@ import (
 	"github.com/pyro-mcp/pyro/internal/workspacedisk/ext4"
 )
 
-// exportMerged writes the files of a disk with a layer into f, which is empty,
+// exportMerged writes the files of a disk with layers into f, which is empty,
 // as a filesystem of their own, and returns its size. The runtime paths and
 // overlayfs's marks are left out. Nothing is kept of what is not a file: free
-// blocks, journals, the two filesystems' names.
+// blocks, journals, the filesystems' names.
 func (d *Disk) exportMerged(ctx context.Context, f *os.File) (size int64, err error) {
 	shown := *d
 	shown.opts.HideRuntime = true
@@ -34,7 +34,7 @@ func (d *Disk) exportMerged(ctx context.Context, f *os.File) (size int64, err er
 	}
 	asked := d.opts.DiskBytes
 	if asked <= 0 {
-		asked = d.tree.upper.Size()
+		asked = d.layerBytes
 	}
 	opts := ext4image.Options{SizeBytes: max(asked, least), Time: time.Now()}
 	_, _ = rand.Read(opts.UUID[:]) // never fails, crypto/rand
@@ -58,10 +58,7 @@ func (d *Disk) exportMerged(ctx context.Context, f *os.File) (size int64, err er
 
 // walkAll calls fn for the root and everything below it.
 func (d *Disk) walkAll(ctx context.Context, fn func(ctx context.Context, p string, f file) error) error {
-	root, err := d.tree.root()
-	if err != nil {
-		return err
-	}
+	root := d.tree.root()
 	visit := func(p string, f file) error {
 		if err := fn(ctx, p, f); err != nil {
 			return fmt.Errorf("%q: %w", p, err)

@@ -10,8 +10,8 @@ import (
 	"github.com/pyro-mcp/pyro/internal/workspacedisk/ext4"
 )
 
-// LayerDir is the directory of a [Source]'s Layer that lies over the root of
-// its image.
+// LayerDir is the directory of each of a [Source]'s Layers that lies over the
+// root of its image.
 const LayerDir = "upper"
 
 // The extended attributes in which overlayfs keeps its marks, from the kernel's
@@ -48,11 +48,13 @@ func checkWhole(ino *ext4.Inode, attrs map[string][]byte) error {
 	return nil
 }
 
-// marks is what overlayfs noted about a directory of the upper filesystem.
+// marks is what overlayfs noted about a directory of a layer.
 type marks struct {
-	opaque   bool     // nothing shows through
-	redirect []string // where in the lower filesystem to look; nil: under its own name
-	absolute bool     // redirect starts at the root; else it is one other name
+	opaque bool // nothing shows through
+	// redirect is where in the layers below to look: another name or, absolute,
+	// a path from the root. "" is under its own name.
+	redirect string
+	absolute bool
 }
 
 // decodeMarks reads a directory's marks. A redirect that no kernel writes, or
@@ -79,15 +81,34 @@ func decodeMarks(attrs map[string][]byte) (marks, error) {
 	if !absolute && len(names) > 1 {
 		return marks{}, api.Errorf(api.ErrDamaged, "the overlay redirect %.200q is neither a name nor absolute", value)
 	}
-	return marks{redirect: names, absolute: absolute}, nil
+	return marks{redirect: string(value), absolute: absolute}, nil
 }
 
-// openUpper opens src.Layer and puts it over the tree. The machine that writes
-// it is kept out until the disk is closed.
-func (d *Disk) openUpper(ctx context.Context) error {
-	src := *d.src.Layer
-	if src.Layer != nil {
-		return api.Errorf(api.ErrInvalid, "a layer has no layer of its own")
+// openLayers opens src.Layers and puts them over the tree.
+func (d *Disk) openLayers(ctx context.Context) error {
+	if len(d.src.Layers) > maxChain {
+		return api.Errorf(api.ErrInvalid, "the disk has more than %d layers", maxChain)
+	}
+	for _, src := range d.src.Layers {
+		if err := d.openUpper(ctx, src); err != nil {
+			return wrapOpen(src.Path, err)
+		}
+	}
+	// All of them together keep no more of metadata than one image.
+	for _, l := range d.tree.layers {
+		l.fs.LimitCache(max(minCache, ext4.CacheBlocks/len(d.tree.layers)))
+	}
+	return nil
+}
+
+// minCache is the metadata blocks that each of many layers may keep in memory.
+const minCache = 64
+
+// openUpper puts one layer over the tree. A machine that writes it is kept out
+// until the disk is closed.
+func (d *Disk) openUpper(ctx context.Context, src Source) error {
+	if src.Layers != nil {
+		return api.Errorf(api.ErrInvalid, "a layer has no layers of its own")
 	}
 	if info, err := os.Stat(src.Path); err == nil && info.IsDir() {
 		return api.WithHint(
@@ -98,7 +119,7 @@ func (d *Disk) openUpper(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.layerChain = c
+	d.layerChains = append(d.layerChains, c)
 	if err := lockLayer(c.files[0]); err != nil {
 		return err
 	}
@@ -106,19 +127,24 @@ func (d *Disk) openUpper(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	d.layerBytes = fs.Size()
+	d.replayed = d.replayed || fs.Replayed()
 	root, err := fs.Inode(ext4.RootInode)
 	if err != nil {
 		return err
 	}
-	d.tree.upper = fs
-	ino, ok, err := find(ctx, fs, root, d.budget(), LayerDir)
-	if err != nil || !ok {
+	number, ok, err := fs.Lookup(ctx, root, d.budget(), LayerDir)
+	if !ok || err != nil { // no machine was started on it
+		return err
+	}
+	ino, err := fs.Inode(number)
+	if err != nil {
 		return err
 	}
 	if !ino.IsDir() {
 		return api.Errorf(api.ErrDamaged, "/%s is no directory", LayerDir)
 	}
-	d.tree.upperRoot = ino
+	d.tree.layers = append(d.tree.layers, treeLayer{fs, ino})
 	return nil
 }
 

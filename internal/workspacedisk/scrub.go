@@ -20,7 +20,7 @@ import (
 // snapshots; one that stands on another image is ErrInvalid. Owner and
 // permissions stay, hard links to the image keep the old content.
 func Scrub(ctx context.Context, src Source, limits Limits) (*api.DiskScrub, error) {
-	if src.Backing != nil || src.Layer != nil {
+	if src.Backing != nil || len(src.Layers) > 0 {
 		return nil, api.WithHint(api.Errorf(api.ErrInvalid, "an image that stands on another cannot be scrubbed in place"), "export the disk, which scrubs the copy")
 	}
 	// A link must not be replaced by the image it points to.

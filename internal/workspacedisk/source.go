@@ -30,14 +30,16 @@ type Source struct {
 	// opened, whatever the overlay's header says; its format must be explicit.
 	// An overlay whose header names a backing file is refused without it.
 	Backing *Source
-	// Layer is the writable layer of a gVisor machine that stands on this
-	// image: an ext4 image whose directory [LayerDir] the host's overlayfs has
-	// joined with the root of this one. The disk is then the two together.
-	Layer *Source
+	// Layers are the layers of a gVisor machine's disk that stands on this
+	// image, the lowest first: ext4 images whose directories [LayerDir] the
+	// host's overlayfs has joined with the root of this one. The disk is then
+	// all of them together. A single nil or empty list is a plain image.
+	Layers []Source
 }
 
-// maxChain bounds the images of a chain.
-const maxChain = 64
+// maxChain bounds the images of a chain, and the layers of a disk: a workspace
+// of 128 snapshots, its environment and its seed fit.
+const maxChain = 256
 
 // A layer is one open image file of a chain, seen as a disk.
 type layer interface {

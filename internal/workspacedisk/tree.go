@@ -2,269 +2,232 @@ package workspacedisk
 
 import (
 	"context"
+	"strings"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/workspacedisk/ext4"
 )
 
-// A tree is what a disk shows: one filesystem, or two that are joined as the
-// kernel's overlayfs joins them (Documentation/filesystems/overlayfs.rst), with
-// redirects followed. Where the two disagree with what a kernel writes, the
+// A tree is what a disk shows: one filesystem, or several that are joined as
+// the kernel's overlayfs joins them (Documentation/filesystems/overlayfs.rst),
+// with redirects followed. Where they disagree with what a kernel writes, the
 // tree is refused rather than guessed.
 type tree struct {
-	lower *ext4.FS // the only one of a single image
-	upper *ext4.FS // nil for a single image
-	// upperRoot is the directory of upper that lies over the root of lower;
-	// nil as long as no machine has been started.
-	upperRoot *ext4.Inode
-	maxNames  int // of a directory of two filesystems, which are kept in memory
+	// layers are the filesystems, the lowest first: the image, then those of
+	// its layers that a machine has been started on.
+	layers   []treeLayer
+	maxNames int // of a directory of several layers, which are kept in memory
 }
+
+// treeOf returns what a single image shows.
+func treeOf(fs *ext4.FS, limits Limits) (tree, error) {
+	root, err := fs.Inode(ext4.RootInode)
+	return tree{layers: []treeLayer{{fs, root}}, maxNames: limits.MaxEntries}, err
+}
+
+// A treeLayer is one filesystem of a tree and its directory that is the root.
+type treeLayer struct {
+	fs   *ext4.FS
+	root *ext4.Inode
+}
+
+// A part is a directory of one layer: all of a directory of the tree, or what
+// one layer adds to it.
+type part struct {
+	layer int
+	dir   *ext4.Inode
+}
+
+func (p part) id() fileID { return fileID{p.layer, p.dir.Number} }
 
 // A file is anything in a tree, directories included.
 type file struct {
 	*ext4.Inode
-	fs      *ext4.FS
-	inUpper bool
-	// below is the directory of the lower filesystem whose entries show
-	// through a directory of the upper one; nil for none.
-	below *ext4.Inode
+	fs    *ext4.FS
+	layer int
+	// below are the directories of lower layers whose entries show through
+	// this one, the highest first.
+	below []part
 }
 
 // A fileID tells the files of a tree apart: two names with equal ones are hard
 // links.
 type fileID struct {
-	inUpper bool
-	inode   uint32
+	layer int
+	inode uint32
 }
 
-func (f file) id() fileID { return fileID{f.inUpper, f.Number} }
+func (f file) id() fileID { return fileID{f.layer, f.Number} }
 
-// A placed file is one that a lookup has found, with its name.
-type placed struct {
-	name string
-	file file
+// parts are all directories whose entries make up the directory f, the highest
+// first.
+func (f file) parts() []part {
+	return append([]part{{f.layer, f.Inode}}, f.below...)
 }
 
-func (t *tree) root() (file, error) {
-	lower, err := t.lower.Inode(ext4.RootInode)
-	if err != nil {
-		return file{}, err
+// single reports whether the tree is one image, in which overlayfs's marks mean
+// nothing.
+func (t *tree) single() bool { return len(t.layers) == 1 }
+
+// roots are the parts of the root: all of them, whatever marks they have.
+func (t *tree) roots() []part {
+	out := make([]part, 0, len(t.layers))
+	for i := len(t.layers) - 1; i >= 0; i-- {
+		out = append(out, part{i, t.layers[i].root})
 	}
-	if t.upperRoot == nil {
-		return file{Inode: lower, fs: t.lower}, nil
-	}
-	// Both roots always show, whatever marks they have.
-	return file{Inode: t.upperRoot, fs: t.upper, inUpper: true, below: lower}, nil
+	return out
+}
+
+func (t *tree) root() file { return t.file(t.roots()) }
+
+// file makes a file of what was found of it in each layer.
+func (t *tree) file(found []part) file {
+	top := found[0]
+	return file{Inode: top.dir, fs: t.layers[top.layer].fs, layer: top.layer, below: found[1:]}
 }
 
 // lookup finds the entry name of dir.
 func (t *tree) lookup(ctx context.Context, dir file, budget *ext4.Budget, name string) (f file, ok bool, err error) {
-	lower := dir.Inode
-	if dir.inUpper {
-		ino, found, err := find(ctx, t.upper, dir.Inode, budget, name)
+	parts := dir.parts()
+	s := search{t: t, budget: budget}
+	return s.find(ctx, parts, name, func(i int, name string) (uint32, bool, error) {
+		return t.layers[parts[i].layer].fs.Lookup(ctx, parts[i].dir, budget, name)
+	})
+}
+
+// A search looks for one entry in the layers, from above, as the kernel does
+// (fs/overlayfs/namei.c, ovl_lookup and what it calls).
+type search struct {
+	t      *tree
+	budget *ext4.Budget
+	// name is what the next layer is asked for: a name in the part at hand, or
+	// from a redirect on an absolute path of the layer.
+	name  string
+	isDir bool // a directory was found: what is none hides behind it
+	stop  bool // no lower layer shows
+}
+
+// find returns the entry name of a directory with these parts. entry finds a
+// name in parts[i].
+func (s *search) find(ctx context.Context, parts []part, name string, entry func(i int, name string) (uint32, bool, error)) (f file, ok bool, err error) {
+	s.name = name
+	var found []part
+	redirected := false // to the root, whose parts we are in
+	for i := 0; i < len(parts) && !s.stop; i++ {
+		var ino *ext4.Inode
+		if redirected {
+			ino, err = s.follow(ctx, parts[i])
+		} else {
+			ino, err = s.step(parts[i].layer, s.name, 0, "", func(name string) (uint32, bool, error) { return entry(i, name) })
+		}
 		if err != nil {
 			return file{}, false, err
 		}
-		if found {
-			in := func(name string) (*ext4.Inode, error) { return t.lowerEntry(ctx, dir.below, budget, name) }
-			return t.upperFile(ctx, ino, name, budget, in)
+		if ino == nil {
+			continue
 		}
-		lower = dir.below
+		at := parts[i].layer
+		found = append(found, part{at, ino})
+		if !redirected && strings.HasPrefix(s.name, "/") {
+			redirected, parts = true, s.t.roots()
+			i = len(parts) - 1 - at // the layers below this one are next
+		}
 	}
-	ino, err := t.lowerEntry(ctx, lower, budget, name)
-	if ino == nil || err != nil {
-		return file{}, false, err
+	if found == nil {
+		return file{}, false, nil
 	}
-	return file{Inode: ino, fs: t.lower}, true, nil
+	return s.t.file(found), true, nil
 }
 
-// readDir calls fn for every entry of dir but those that skip reports, until fn
-// returns an error, which it returns.
-func (t *tree) readDir(ctx context.Context, dir file, budget *ext4.Budget, skip func(name string) bool, fn func(name string, f file) error) error {
-	if !dir.inUpper {
-		return t.lower.ReadDir(ctx, dir.Inode, budget, func(e ext4.Dirent) error {
-			if skip(e.Name) {
-				return nil
-			}
-			ino, err := t.lowerInode(e.Inode)
-			if ino == nil || err != nil {
-				return err
-			}
-			return fn(e.Name, file{Inode: ino, fs: t.lower})
+// follow looks for s.name, which is absolute, from the root of a layer. Each
+// directory on the way may redirect what the layers below are asked for.
+func (s *search) follow(ctx context.Context, root part) (*ext4.Inode, error) {
+	at := root.dir
+	// From the end of the name, because its beginning may change.
+	for rest := len(s.name) - 1; ; {
+		done := len(s.name) - rest
+		name, _, more := strings.Cut(s.name[done:], "/")
+		behind := s.name[done+len(name):]
+		next, err := s.step(root.layer, name, done, behind, func(name string) (uint32, bool, error) {
+			return s.t.layers[root.layer].fs.Lookup(ctx, at, s.budget, name)
 		})
-	}
-	entries, err := t.merge(ctx, dir, budget, skip)
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if err := fn(e.name, e.file); err != nil {
-			return err
+		if !more || next == nil || err != nil {
+			return next, err
 		}
+		at, rest = next, rest-len(name)-1
 	}
-	return nil
 }
 
-// merge returns the entries of a directory of the upper filesystem. A lookup
-// of each in the directory below would read that again and again, so its names
-// are gathered first.
-func (t *tree) merge(ctx context.Context, dir file, budget *ext4.Budget, skip func(name string) bool) ([]placed, error) {
-	names := map[string]uint32{} // of the directory below
-	var order []string
-	if dir.below != nil {
-		err := t.lower.ReadDir(ctx, dir.below, budget, func(e ext4.Dirent) error {
-			if _, twice := names[e.Name]; twice {
-				return api.Errorf(api.ErrDamaged, "a directory has two entries of the name %q", e.Name)
-			}
-			names[e.Name] = e.Inode
-			order = append(order, e.Name)
-			return t.checkNames(len(names))
-		})
-		if err != nil {
-			return nil, err
-		}
+// maxRedirect bounds, in bytes, what redirects on the way may make of a name.
+// Those that the kernel writes have 256 at most (redirect_max).
+const maxRedirect = 4 * maxPathLen
+
+// step looks for one name with entry. s.name is the name and before it done
+// bytes, behind it behind. The answer is nil where this layer has nothing to
+// show.
+func (s *search) step(layer int, name string, done int, behind string, entry func(string) (uint32, bool, error)) (*ext4.Inode, error) {
+	number, ok, err := entry(name)
+	if !ok || err != nil {
+		return nil, err
 	}
-	in := func(name string) (*ext4.Inode, error) {
-		n, ok := names[name]
-		if !ok {
-			return nil, nil
-		}
-		return t.lowerInode(n)
-	}
-	covered := map[string]bool{}
-	var out []placed
-	err := t.upper.ReadDir(ctx, dir.Inode, budget, func(e ext4.Dirent) error {
-		if covered[e.Name] {
-			return api.Errorf(api.ErrDamaged, "a directory has two entries of the name %q", e.Name)
-		}
-		covered[e.Name] = true
-		if err := t.checkNames(len(covered)); err != nil || skip(e.Name) {
-			return err
-		}
-		ino, err := t.upper.Inode(e.Inode)
-		if err != nil {
-			return err
-		}
-		f, ok, err := t.upperFile(ctx, ino, e.Name, budget, in)
-		if ok {
-			out = append(out, placed{e.Name, f})
-		}
-		return err
-	})
+	fs := s.t.layers[layer].fs
+	ino, err := fs.Inode(number)
 	if err != nil {
 		return nil, err
 	}
-	for _, name := range order {
-		if covered[name] || skip(name) {
-			continue
-		}
-		ino, err := t.lowerInode(names[name])
-		if err != nil {
-			return nil, err
-		}
-		if ino != nil {
-			out = append(out, placed{name, file{Inode: ino, fs: t.lower}})
-		}
+	if s.t.single() {
+		s.stop = true
+		return ino, nil
 	}
-	return out, nil
-}
-
-func (t *tree) checkNames(n int) error {
-	if n > t.maxNames {
-		return api.Errorf(api.ErrExhausted, "a directory has more than %d entries", t.maxNames)
-	}
-	return nil
-}
-
-// upperFile makes a file of the upper filesystem's inode called name; ok is
-// false for a whiteout. in finds a name in the directory below its parent.
-func (t *tree) upperFile(ctx context.Context, ino *ext4.Inode, name string, budget *ext4.Budget, in func(string) (*ext4.Inode, error)) (f file, ok bool, err error) {
-	f = file{Inode: ino, fs: t.upper, inUpper: true}
 	if isWhiteoutDevice(ino) {
-		return file{}, false, nil
+		s.stop = true
+		return nil, nil
 	}
 	if !ino.IsDir() && !ino.IsRegular() {
-		return f, true, nil
+		return s.leaf(ino, behind), nil
 	}
-	attrs, err := t.upper.Xattrs(ino)
+	attrs, err := fs.Xattrs(ino)
 	if err != nil {
-		return file{}, false, err
+		return nil, err
 	}
 	if ino.IsRegular() {
 		if isWhiteoutFile(ino, attrs) {
-			return file{}, false, nil
+			s.stop = true
+			return nil, nil
 		}
-		return f, true, checkWhole(ino, attrs)
+		return s.leaf(ino, behind), checkWhole(ino, attrs)
+	}
+	if behind == "" {
+		s.isDir = true
+	}
+	if layer == 0 { // the kernel asks the lowest for no marks
+		return ino, nil
 	}
 	marks, err := decodeMarks(attrs)
-	if err != nil {
-		return file{}, false, err
-	}
 	switch {
-	case marks.opaque:
-	case marks.absolute:
-		f.below, err = t.lowerDir(ctx, marks.redirect, budget)
-	case marks.redirect != nil:
-		f.below, err = in(marks.redirect[0])
-	default:
-		f.below, err = in(name)
-	}
-	if f.below != nil && !f.below.IsDir() {
-		f.below = nil
-	}
-	return f, true, err
-}
-
-// lowerDir follows an absolute redirect: directories only, no links.
-func (t *tree) lowerDir(ctx context.Context, names []string, budget *ext4.Budget) (*ext4.Inode, error) {
-	at, err := t.lower.Inode(ext4.RootInode)
-	for _, name := range names {
-		if err != nil || at == nil || !at.IsDir() {
-			return nil, err
-		}
-		at, err = t.lowerEntry(ctx, at, budget, name)
-	}
-	return at, err
-}
-
-// lowerEntry finds a name in a directory of the lower filesystem; it is nil
-// where nothing is there, as in no directory.
-func (t *tree) lowerEntry(ctx context.Context, dir *ext4.Inode, budget *ext4.Budget, name string) (*ext4.Inode, error) {
-	if dir == nil {
-		return nil, nil
-	}
-	n, ok, err := t.lower.Lookup(ctx, dir, budget, name)
-	if err != nil || !ok {
+	case err != nil:
 		return nil, err
+	case marks.opaque:
+		s.stop = true
+	case marks.absolute:
+		// Also out of an opaque directory: what it names lies elsewhere.
+		s.stop = false
+		s.name = marks.redirect + behind
+	case marks.redirect != "":
+		s.name = s.name[:done] + marks.redirect + behind
 	}
-	return t.lowerInode(n)
-}
-
-// lowerInode reads an inode of the lower filesystem. It is nil for a whiteout,
-// which hides itself also where nothing lies below; a single image has none.
-func (t *tree) lowerInode(n uint32) (*ext4.Inode, error) {
-	ino, err := t.lower.Inode(n)
-	if err != nil || t.upper == nil {
-		return ino, err
-	}
-	if isWhiteoutDevice(ino) {
-		return nil, nil
-	}
-	if ino.IsRegular() {
-		attrs, err := t.lower.Xattrs(ino)
-		if err != nil || isWhiteoutFile(ino, attrs) {
-			return nil, err
-		}
-		return ino, checkWhole(ino, attrs)
+	if len(s.name) > maxRedirect {
+		return nil, api.Errorf(api.ErrDamaged, "overlay redirects lead to a path of more than %d bytes", maxRedirect)
 	}
 	return ino, nil
 }
 
-func find(ctx context.Context, fs *ext4.FS, dir *ext4.Inode, budget *ext4.Budget, name string) (*ext4.Inode, bool, error) {
-	n, ok, err := fs.Lookup(ctx, dir, budget, name)
-	if err != nil || !ok {
-		return nil, false, err
+// leaf is what shows of something that is no directory: nothing, where one is
+// looked for.
+func (s *search) leaf(ino *ext4.Inode, behind string) *ext4.Inode {
+	s.stop = true
+	if s.isDir || behind != "" {
+		return nil
 	}
-	ino, err := fs.Inode(n)
-	return ino, err == nil, err
+	return ino
 }

@@ -54,10 +54,10 @@ func TestDiskOfAStoppedSandbox(t *testing.T) {
 	}
 	src := workspacedisk.Source{
 		Path: spec.RootImage, Format: workspacedisk.FormatRaw,
-		Layer: &workspacedisk.Source{Path: filepath.Join(dir, gvisor.LayerFile), Format: workspacedisk.FormatRaw},
+		Layers: []workspacedisk.Source{{Path: filepath.Join(dir, gvisor.LayerFile), Format: workspacedisk.FormatRaw}},
 	}
 	if _, err := os.Stat(filepath.Join(dir, gvisor.LayerDir)); err == nil { // without root
-		src.Layer.Path = filepath.Join(dir, gvisor.LayerDir)
+		src.Layers[0].Path = filepath.Join(dir, gvisor.LayerDir)
 		if _, err := workspacedisk.Open(t.Context(), src, workspacedisk.Options{}); !errors.Is(err, api.ErrUnsupported) {
 			t.Errorf("opening a disk that is a directory: %v", err)
 		}

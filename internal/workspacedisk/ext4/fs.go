@@ -15,10 +15,10 @@ import (
 // RootInode is the number of the root directory's inode.
 const RootInode = 2
 
-// cacheSlots times the block size is what an FS keeps of metadata in memory:
+// CacheBlocks times the block size is what an FS keeps of metadata in memory:
 // 8 MiB at 4 KiB blocks, enough for the inode tables of 32,000 files. (A block
 // of a table keeps its chunk alive, so it can be 16 times that at worst.)
-const cacheSlots = 2048
+const CacheBlocks = 2048
 
 // An FS is one filesystem, open for reading. Its methods may be called
 // concurrently.
@@ -68,7 +68,7 @@ func open(r io.ReaderAt, size int64) (*FS, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &FS{r: r, sb: sb, cache: make([]cachedBlock, cacheSlots)}, nil
+	return &FS{r: r, sb: sb, cache: make([]cachedBlock, CacheBlocks)}, nil
 }
 
 // Replayed reports whether the journal needed recovery.
@@ -80,12 +80,20 @@ func (fs *FS) Size() int64 { return int64(fs.sb.blocks) * int64(fs.sb.blockSize)
 // Inodes is the number of inodes, used or not.
 func (fs *FS) Inodes() uint32 { return fs.sb.inodes }
 
+// LimitCache makes the FS keep n blocks of metadata in memory, n > 0, instead of
+// [CacheBlocks]. What it keeps so far is dropped. Call it before the FS is used
+// concurrently.
+func (fs *FS) LimitCache(n int) { fs.cache = make([]cachedBlock, n) }
+
+// slot is where block n is kept.
+func (fs *FS) slot(n uint64) *cachedBlock { return &fs.cache[n%uint64(len(fs.cache))] }
+
 // block returns block n, for metadata. The slice is shared: do not write it.
 func (fs *FS) block(n uint64) ([]byte, error) {
 	if n >= fs.sb.blocks {
 		return nil, damaged("block %d lies outside of the filesystem's %d blocks", n, fs.sb.blocks)
 	}
-	slot := &fs.cache[n%cacheSlots]
+	slot := fs.slot(n)
 	fs.mu.Lock()
 	if slot.data != nil && slot.number == n {
 		data := slot.data
@@ -120,7 +128,7 @@ func (fs *FS) tableBlock(n uint64) ([]byte, error) {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
 	for i := range count {
-		fs.cache[(first+i)%cacheSlots] = cachedBlock{number: first + i, data: data[i*bs : (i+1)*bs : (i+1)*bs]}
+		*fs.slot(first + i) = cachedBlock{number: first + i, data: data[i*bs : (i+1)*bs : (i+1)*bs]}
 	}
 	return data[(n-first)*bs:][:bs:bs], nil
 }
@@ -128,7 +136,7 @@ func (fs *FS) tableBlock(n uint64) ([]byte, error) {
 func (fs *FS) cached(n uint64) bool {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
-	slot := &fs.cache[n%cacheSlots]
+	slot := fs.slot(n)
 	return slot.data != nil && slot.number == n
 }
 
