@@ -71,6 +71,7 @@ var layers = [][]string{
 	{"internal/ext4image", "internal/archive", "internal/gitdiff", "internal/patch"},
 	{"internal/mmdebstrap"},
 	{"internal/artifact"},
+	{"internal/store"},
 	{"internal/statedir"},
 	{"internal/hostproc", "internal/boundedlog", "internal/manifest"},
 	{"internal/testenv"},

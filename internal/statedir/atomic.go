@@ -37,10 +37,11 @@ func WriteJSON(path string, v any) (err error) {
 	if err := os.Rename(f.Name(), path); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(path))
+	return SyncDir(filepath.Dir(path))
 }
 
-func syncDir(path string) error {
+// SyncDir puts the names in a directory on the disk, as a rename needs to last.
+func SyncDir(path string) error {
 	d, err := os.Open(path)
 	if err != nil {
 		return err
