@@ -218,9 +218,9 @@ func testSnapshotWhileWriting(t *testing.T, s Subject) {
 		return n
 	}
 
-	before := until(5)
+	before := until(20)
 	frozen := stack.Snapshot(t, g, NewStack(t).Disk)
-	until(until(before) + 5)
+	until(until(before+1) + 20)
 	if err := g.Stop(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}

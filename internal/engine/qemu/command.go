@@ -39,24 +39,34 @@ func (c *command) passPath(f *os.File) string {
 
 // inputs are the open files of a machine.
 type inputs struct {
-	base, disk, kernel, initramfs *os.File
-	console, qmp, channel         *os.File
-	vhostVsock                    *os.File // nil without vsock
-	cid                           uint32
+	disk                  chain
+	kernel, initramfs     *os.File
+	console, qmp, channel *os.File
+	vhostVsock            *os.File // nil without vsock
+	cid                   uint32
 }
 
-// build returns the whole command line. The device list is part of what makes
-// a saved machine loadable again, so it depends on nothing but its arguments.
-func build(spec engine.MachineSpec, accel string, in inputs) *command {
+// newCommand starts a command line of whatever QEMU is used for.
+func newCommand(name string) *command {
 	c := &command{}
-	c.add("-name", "pyro-"+spec.ID)
+	c.add("-name", name)
 	// Nothing that was not asked for: QEMU's default devices and configuration
 	// files are attack surface without a use here.
 	c.add("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot")
 	// spawn=deny forbids fork and exec, elevateprivileges=deny setuid and its
 	// kin. State travels by descriptors, so nothing of that is missed.
 	c.add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+	return c
+}
 
+func (c *command) addMonitor(f *os.File) {
+	c.add("-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", c.pass(f)), "-mon", "chardev=qmp,mode=control")
+}
+
+// build returns the whole command line. The device list is part of what makes
+// a saved machine loadable again, so it depends on nothing but its arguments.
+func build(spec engine.MachineSpec, accel string, in inputs) *command {
+	c := newCommand("pyro-" + spec.ID)
 	machine := "q35,usb=off,smm=off,sata=off,smbus=off,vmport=off,hpet=off,accel="
 	if accel == accelKVM {
 		c.add("-machine", machine+"kvm", "-cpu", "host")
@@ -69,22 +79,13 @@ func build(spec engine.MachineSpec, accel string, in inputs) *command {
 
 	c.add("-kernel", c.passPath(in.kernel), "-initrd", c.passPath(in.initramfs), "-append", kernelCommandLine(spec, accel))
 
-	c.add("-chardev", fmt.Sprintf("socket,id=qmp,fd=%d", c.pass(in.qmp)), "-mon", "chardev=qmp,mode=control")
+	c.addMonitor(in.qmp)
 	c.add("-chardev", fmt.Sprintf("socket,id=console,fd=%d", c.pass(in.console)), "-serial", "chardev:console")
 	c.add("-chardev", fmt.Sprintf("socket,id=agent,fd=%d", c.pass(in.channel)),
 		"-device", "virtio-serial-pci,max_ports=2", "-device", "virtserialport,chardev=agent,name=agent")
 
-	// Both formats are stated, never guessed: a guest can write any header it
-	// likes into a raw disk. discard=unmap gives deleted blocks back.
-	flush := ""
-	if spec.Ephemeral {
-		flush = ",cache.no-flush=on"
-	}
-	c.add("-blockdev", "driver=file,node-name=base-file,read-only=on,filename="+c.passSet(in.base),
-		"-blockdev", "driver=raw,node-name=base,read-only=on,file=base-file",
-		"-blockdev", "driver=file,node-name=disk-file,discard=unmap,filename="+c.passSet(in.disk)+flush,
-		"-blockdev", "driver=qcow2,node-name=disk,discard=unmap,backing=base,file=disk-file"+flush,
-		"-device", "virtio-blk-pci,drive=disk,discard=on,write-cache=on")
+	c.addChain(in.disk, spec.Ephemeral)
+	c.add("-device", "virtio-blk-pci,drive=disk,discard=on,write-cache=on")
 
 	c.add("-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng")
 	if in.vhostVsock != nil {

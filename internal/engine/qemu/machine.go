@@ -28,6 +28,9 @@ type machine struct {
 	cid     uint32 // 0 without vsock
 	drained <-chan struct{}
 
+	diskMu sync.Mutex // held during a snapshot; guards disk
+	disk   liveDisk
+
 	stopOnce sync.Once
 
 	// muxed is closed when the guest agent and this side have agreed on a

@@ -30,7 +30,7 @@ const tcgTimeScale = 15
 
 // Probe implements [engine.Engine].
 func (e *Engine) Probe(context.Context) engine.Capabilities {
-	c := engine.Capabilities{NeedsImage: true, NeedsKernel: true}
+	c := engine.Capabilities{NeedsImage: true, NeedsKernel: true, Disk: engine.DiskQcow2}
 	if runtime.GOARCH != "amd64" {
 		c.Detail = "pyro boots QEMU guests on x86-64 hosts only, and this is " + runtime.GOARCH
 		return c

@@ -4,9 +4,13 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/pyro-mcp/pyro/api"
 )
@@ -77,9 +81,25 @@ func (q *qmp) read() {
 	q.conn.Close()
 }
 
+// errRefused is in the error of a command that QEMU has answered with an error:
+// it was not done.
+var errRefused = errors.New("refused")
+
+// A refusal is QEMU's own error.
+type refusal struct{ command, desc string }
+
+func (r *refusal) Error() string { return "QEMU refuses " + r.command + ": " + r.desc }
+
+func (r *refusal) Is(target error) bool { return target == errRefused || target == api.ErrUnavailable }
+
 // execute runs one command and decodes its return value into out, which may be
 // nil.
 func (q *qmp) execute(ctx context.Context, command string, args, out any) error {
+	return q.executeWith(ctx, nil, command, args, out)
+}
+
+// executeWith is execute that sends an open file along, unless it is nil.
+func (q *qmp) executeWith(ctx context.Context, file *os.File, command string, args, out any) error {
 	reply := make(chan qmpReply, 1)
 	q.mu.Lock()
 	q.nextID++
@@ -91,7 +111,7 @@ func (q *qmp) execute(ctx context.Context, command string, args, out any) error 
 		ID        int64  `json:"id"`
 	}{command, args, id})
 	if err == nil {
-		_, err = q.conn.Write(append(line, '\n'))
+		err = q.send(append(line, '\n'), file)
 	}
 	q.mu.Unlock()
 	if err != nil {
@@ -100,7 +120,7 @@ func (q *qmp) execute(ctx context.Context, command string, args, out any) error 
 	select {
 	case r := <-reply:
 		if r.Error != nil {
-			return api.Errorf(api.ErrUnavailable, "QEMU refused %s: %s", command, r.Error.Desc)
+			return &refusal{command, r.Error.Desc}
 		}
 		if out == nil {
 			return nil
@@ -117,6 +137,24 @@ func (q *qmp) execute(ctx context.Context, command string, args, out any) error 
 		q.mu.Unlock()
 		return fmt.Errorf("asking QEMU to %s: %w", command, ctx.Err())
 	}
+}
+
+// send writes one line. QEMU takes the file that came last as the one that a
+// command means.
+func (q *qmp) send(line []byte, file *os.File) error {
+	if file != nil {
+		conn, ok := q.conn.(*net.UnixConn)
+		if !ok {
+			return api.Errorf(api.ErrInternal, "the control connection is no Unix socket")
+		}
+		n, _, err := conn.WriteMsgUnix(line, unix.UnixRights(int(file.Fd())), nil)
+		if err != nil {
+			return err
+		}
+		line = line[n:]
+	}
+	_, err := q.conn.Write(line)
+	return err
 }
 
 func (q *qmp) negotiate(ctx context.Context) error {

@@ -1,7 +1,6 @@
 package qemu
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -47,15 +45,12 @@ func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (_ engine.M
 	files := &opener{}
 	defer files.closeAll() // QEMU has its own descriptors by then
 
-	disk := filepath.Join(spec.Dir, "disk.qcow2")
-	if _, err := os.Lstat(disk); err != nil {
-		if err := e.createOverlay(ctx, disk, spec); err != nil {
-			return nil, err
-		}
+	disk, err := e.openDisk(ctx, files, spec)
+	if err != nil {
+		return nil, fmt.Errorf("starting qemu: %w", err)
 	}
 	in := inputs{
-		base:      files.open(spec.RootImage, os.O_RDONLY),
-		disk:      files.open(disk, os.O_RDWR),
+		disk:      disk,
 		kernel:    files.readable(spec.Kernel.Image, filepath.Join(spec.Dir, "kernel")),
 		initramfs: files.initramfs(spec, filepath.Join(spec.Dir, "initramfs.cpio")),
 	}
@@ -73,26 +68,22 @@ func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (_ engine.M
 	}
 
 	c := build(spec, accel, in)
-	cmd := exec.Command(e.binary, c.args...)
-	cmd.ExtraFiles = c.files
-	cmd.Dir = "/"
-	cmd.Env = []string{"LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
-	cmd.SysProcAttr = confine(spec.ID, accel)
 	var stderr tailBuffer
-	cmd.Stderr = io.MultiWriter(spec.Console, &stderr)
-	if err := hostproc.StartTied(cmd); err != nil {
+	cmd, err := e.launch(c, spec.ID, accel, io.MultiWriter(spec.Console, &stderr))
+	if err != nil {
 		files.closeConns()
 		return nil, fmt.Errorf("starting qemu: %w", err)
 	}
 	files.closeAll()
 
 	m := &machine{log: spec.Logger, cmd: cmd, accel: accel, cid: in.cid,
+		disk:  liveDisk{engine: e, path: diskPath(spec), node: "disk", size: disk.size, ephemeral: spec.Ephemeral},
 		muxed: make(chan struct{}), done: make(chan struct{})}
 	m.drained = drain(console, spec.Console)
 	m.qmp = newQMP(control, m.event)
 	go m.wait()
 	go m.connect(channel)
-	limit(cmd.Process.Pid, spec)
+	limit(cmd.Process.Pid, spec.MemMiB, len(spec.Layers))
 
 	qmpCtx, cancel := context.WithTimeout(ctx, qmpTimeout)
 	defer cancel()
@@ -121,29 +112,18 @@ func check(spec engine.MachineSpec) error {
 	return nil
 }
 
-// createOverlay makes the machine's own layer over the environment's image.
-func (e *Engine) createOverlay(ctx context.Context, path string, spec engine.MachineSpec) error {
-	base, err := os.Stat(spec.RootImage)
-	if err != nil {
-		return fmt.Errorf("creating the machine's disk: %w", err)
+// launch starts QEMU with c. What it says goes to stderr.
+func (e *Engine) launch(c *command, id, accel string, stderr io.Writer) (*exec.Cmd, error) {
+	cmd := exec.Command(e.binary, c.args...)
+	cmd.ExtraFiles = c.files
+	cmd.Dir = "/"
+	cmd.Env = []string{"LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.SysProcAttr = confine(id, accel)
+	cmd.Stderr = stderr
+	if err := hostproc.StartTied(cmd); err != nil {
+		return nil, err
 	}
-	size := base.Size()
-	if want := int64(spec.DiskMiB) << 20; want != 0 {
-		if want < size {
-			return api.WithHint(api.Errorf(api.ErrInvalid, "%d MiB of disk asked for, and the environment's own image has %d", spec.DiskMiB, size>>20),
-				"raise --disk-mib or leave it out")
-		}
-		size = want
-	}
-	// The base is named in the overlay for people and their tools only: QEMU is
-	// told on its command line what lies below.
-	out, err := exec.CommandContext(ctx, e.imgTool, "create", "-q", "-f", "qcow2", "-F", "raw", "-b", spec.RootImage,
-		path, strconv.FormatInt(size, 10)).CombinedOutput()
-	if err != nil {
-		os.Remove(path)
-		return fmt.Errorf("creating the machine's disk: %w: %s", err, bytes.TrimSpace(out))
-	}
-	return nil
+	return cmd, nil
 }
 
 // startHint knows the way out of QEMU's commonest refusals.
@@ -191,15 +171,21 @@ func uid(id string) uint32 {
 	return first + h.Sum32()%(last-first+1)
 }
 
+// maxFiles is how many open files QEMU may have: two for each layer of a disk,
+// also of those that snapshots will add, and some fifty of its own.
+const maxFiles = 1024
+
 // limit bounds what a QEMU taken over by its guest could use up. Failing to is
 // not worth failing the start.
-func limit(pid int, spec engine.MachineSpec) {
-	// Guest memory, up to 1 GiB of translated code, and QEMU itself.
-	as := uint64(spec.MemMiB+3<<10) << 20
+func limit(pid, memMiB, layers int) {
+	// Guest memory, up to 1 GiB of translated code, and QEMU itself; and for
+	// each layer of the disk the cache of its tables, which QEMU bounds by 32 MiB
+	// (l2-cache-size in docs/qcow2-cache.txt), also for the next hundred.
+	as := uint64(memMiB+3<<10+32*(layers+100)) << 20
 	for resource, max := range map[int]uint64{
 		unix.RLIMIT_AS:     as,
 		unix.RLIMIT_CORE:   0,
-		unix.RLIMIT_NOFILE: 256,
+		unix.RLIMIT_NOFILE: maxFiles,
 	} {
 		_ = unix.Prlimit(pid, resource, &unix.Rlimit{Cur: max, Max: max}, nil)
 	}
