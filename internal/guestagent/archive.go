@@ -151,7 +151,7 @@ func (d *dataReader) Read(b []byte) (int, error) {
 		typ, p, err := d.fr.Next()
 		switch {
 		case errors.Is(err, io.EOF):
-			return 0, api.Errorf(api.ErrDamaged, "the caller hung up before the archive's end")
+			return 0, api.Errorf(api.ErrDamaged, "the caller hung up before the data's end")
 		case err != nil:
 			return 0, err
 		case typ == guestproto.FrameDataEnd:
@@ -159,7 +159,7 @@ func (d *dataReader) Read(b []byte) (int, error) {
 		case typ == guestproto.FrameData:
 			d.rest = p
 		default:
-			return 0, api.Errorf(api.ErrInvalid, "the caller sent a frame of type %d within an archive", typ)
+			return 0, api.Errorf(api.ErrInvalid, "the caller sent a frame of type %d within the data", typ)
 		}
 	}
 	n := copy(b, d.rest)

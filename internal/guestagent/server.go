@@ -176,6 +176,16 @@ func (q *request) serve(ctx context.Context) error {
 		return q.export(ctx, line)
 	case guestproto.ActionShutdown:
 		return q.shutdown(line)
+	case guestproto.ActionFlush:
+		return q.flush()
+	case guestproto.ActionManifest:
+		return q.manifest(ctx, line)
+	case guestproto.ActionListFiles:
+		return q.listFiles(ctx, line)
+	case guestproto.ActionReadFile:
+		return q.readFile(ctx, line)
+	case guestproto.ActionWriteFile:
+		return q.writeFile(ctx, line)
 	case guestproto.ActionOpenShell, guestproto.ActionReadShell, guestproto.ActionWriteShell,
 		guestproto.ActionSignalShell, guestproto.ActionCloseShell:
 		return api.Errorf(api.ErrUnsupported, "this guest agent has no shells")
@@ -201,6 +211,7 @@ func (s *Server) hello() guestproto.Hello {
 		BootID:       s.bootID,
 		Capabilities: []string{
 			guestproto.CapExecStream, guestproto.CapArchiveStream, guestproto.CapShutdown, guestproto.CapTTY,
+			guestproto.CapFiles, guestproto.CapSync,
 		},
 	}
 	var u unix.Utsname
