@@ -41,6 +41,7 @@ var (
 	_ engine.Engine      = (*Engine)(nil)
 	_ engine.BootWatcher = (*Engine)(nil)
 	_ engine.Describer   = (*Engine)(nil)
+	_ engine.LayerMerger = (*Engine)(nil)
 )
 
 // New returns the engine.
