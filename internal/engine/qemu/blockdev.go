@@ -45,16 +45,17 @@ func (c *command) blockdev(options map[string]any) {
 // addChain adds the nodes of a chain whose last is called "disk", and returns
 // the names of all, from that of the image to "disk".
 func (c *command) addChain(in chain, ephemeral bool) []string {
-	c.blockdev(readOnlyFile("base-file", c.passSet(in.base)))
+	c.blockdev(readOnlyFile("base-file", fdsetPath(c.passSet(in.base))))
 	c.blockdev(map[string]any{"driver": "raw", "node-name": "base", "read-only": true, "file": "base-file"})
 	names := []string{"base"}
 	for i, f := range in.layers {
 		name := fmt.Sprintf("layer-%d", i)
-		c.blockdev(readOnlyFile(name+"-file", c.passSet(f)))
+		c.blockdev(readOnlyFile(name+"-file", fdsetPath(c.passSet(f))))
 		c.blockdev(map[string]any{"driver": "qcow2", "node-name": name, "read-only": true, "file": name + "-file", "backing": names[i]})
 		names = append(names, name)
 	}
-	c.blockdev(fileNode("disk-file", c.passSet(in.disk), ephemeral))
+	c.diskSet = c.passSet(in.disk)
+	c.blockdev(fileNode("disk-file", fdsetPath(c.diskSet), ephemeral))
 	c.blockdev(diskNode("disk", names[len(names)-1], ephemeral))
 	return append(names, "disk")
 }

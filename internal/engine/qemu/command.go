@@ -13,6 +13,8 @@ import (
 type command struct {
 	args  []string
 	files []*os.File // file i becomes descriptor 3+i
+	// diskSet is the fdset of the writable layer, once it was added.
+	diskSet int
 }
 
 // pass arranges for f to be inherited and returns its number in QEMU.
@@ -23,13 +25,15 @@ func (c *command) pass(f *os.File) int {
 
 func (c *command) add(args ...string) { c.args = append(c.args, args...) }
 
-// passSet makes f an fdset, which QEMU opens by the returned path. Only block
-// devices and character devices can be opened so.
-func (c *command) passSet(f *os.File) string {
+// passSet makes f an fdset, which QEMU opens by its [fdsetPath], and returns its
+// number. Only block devices and character devices can be opened so.
+func (c *command) passSet(f *os.File) int {
 	fd := c.pass(f)
 	c.add("-add-fd", fmt.Sprintf("fd=%d,set=%d", fd, fd))
-	return fmt.Sprintf("/dev/fdset/%d", fd)
+	return fd
 }
+
+func fdsetPath(set int) string { return fmt.Sprintf("/dev/fdset/%d", set) }
 
 // passPath makes f readable by a path that needs no permission on any
 // directory, for the options that take nothing but a path.

@@ -77,7 +77,7 @@ func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (_ engine.M
 	files.closeAll()
 
 	m := &machine{log: spec.Logger, cmd: cmd, accel: accel, cid: in.cid,
-		disk:  liveDisk{engine: e, path: diskPath(spec), node: "disk", size: disk.size, ephemeral: spec.Ephemeral},
+		disk:  liveDisk{engine: e, path: diskPath(spec), node: "disk", fdset: c.diskSet, size: disk.size, ephemeral: spec.Ephemeral},
 		muxed: make(chan struct{}), done: make(chan struct{})}
 	m.drained = drain(console, spec.Console)
 	m.qmp = newQMP(control, m.event)
