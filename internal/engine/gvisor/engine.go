@@ -1,12 +1,15 @@
 package gvisor
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"regexp"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -109,10 +112,10 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 	if err != nil {
 		return nil, err
 	}
-	layer := parts.layer
-	undo.add(func() { _ = layer.release() })
+	undo.add(parts.close)
 
-	top, err := chooseStage(stageCandidates, []string{rt.path, spec.AgentPath, spec.Dir, spec.RootImage})
+	top, err := chooseStage(stageCandidates,
+		append([]string{rt.path, spec.AgentPath, spec.Dir, spec.RootImage, parts.layer.Name()}, spec.Layers...))
 	if err != nil {
 		return nil, err
 	}
@@ -127,9 +130,11 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 	}
 	undo.add(ns.close)
 
+	stopping, markStopping := context.WithCancel(context.Background())
 	m := &machine{
+		stopping: stopping, markStopping: markStopping,
 		runsc: rt, ns: ns, stage: stage(top), id: spec.ID, dir: spec.Dir, ephemeral: spec.Ephemeral, limits: lim,
-		layer: layer, logger: spec.Logger,
+		parts: parts, ownDisk: spec.Disk == "", logger: spec.Logger,
 		attached: make(chan struct{}), ended: make(chan struct{}), gone: make(chan struct{}),
 	}
 	token := newToken()
@@ -187,34 +192,101 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 	return m, nil
 }
 
-// parts are the two halves of a machine's root file system.
+// parts are what a machine's root file system is made of besides its
+// environment, open and locked.
 type parts struct {
-	layer *layer
-	mount func(stage) error // runs in the namespace
+	layer  *layer
+	lowers []*os.File        // the layers between, the lowest first
+	mount  func(stage) error // runs in the namespace
 }
 
 // openParts prepares them: images as root, directories in a user namespace.
-func openParts(ctx context.Context, rootImage *os.File, spec engine.MachineSpec) (parts, error) {
+func openParts(ctx context.Context, rootImage *os.File, spec engine.MachineSpec) (_ parts, err error) {
+	var p parts
+	defer func() {
+		if err != nil {
+			p.close()
+		}
+	}()
+	if len(spec.Layers) > maxLayers {
+		return p, api.Errorf(api.ErrExhausted, "the disk stands on %d layers, the limit is %d", len(spec.Layers), maxLayers)
+	}
 	if inUserNamespace() {
 		tree, err := treeOf(ctx, rootImage)
 		if err != nil {
-			return parts{}, err
+			return p, err
 		}
-		layer, err := openLayerDir(ctx, spec.Dir)
-		if err != nil {
-			return parts{}, err
+		disk := cmp.Or(spec.Disk, filepath.Join(spec.Dir, LayerDir))
+		if err := p.openLowers(ctx, disk, spec.Layers, unix.O_DIRECTORY); err != nil {
+			return p, err
 		}
-		return parts{layer, func(s stage) error { return s.mountTree(tree, spec.Dir) }}, nil
+		if p.layer, err = openLayerDir(ctx, disk); err != nil {
+			return p, err
+		}
+		p.mount = func(s stage) error { return s.mountTree(tree, disk, p.lowers) }
+		return p, nil
 	}
 	sizeMiB, err := layerSize(spec.DiskMiB, rootImage)
 	if err != nil {
-		return parts{}, err
+		return p, err
 	}
-	layer, err := openLayer(ctx, spec.Dir, sizeMiB, spec.Ephemeral)
+	disk := cmp.Or(spec.Disk, filepath.Join(spec.Dir, LayerFile))
+	if err := p.openLowers(ctx, disk, spec.Layers, 0); err != nil {
+		return p, err
+	}
+	for _, f := range p.lowers {
+		if err := checkFrozen(f); err != nil {
+			return p, err
+		}
+	}
+	if p.layer, err = openLayer(ctx, disk, sizeMiB, spec.Ephemeral); err != nil {
+		return p, err
+	}
+	p.mount = func(s stage) error { return s.mountRoot(rootImage, p.layer.File, p.lowers, spec.Ephemeral) }
+	return p, nil
+}
+
+// openLowers opens the layers that disk stands on, and locks them against being
+// somebody's disk.
+func (p *parts) openLowers(ctx context.Context, disk string, paths []string, flags int) error {
+	for i, path := range paths {
+		if path == disk || slices.Contains(paths[:i], path) {
+			return api.Errorf(api.ErrInvalid, "the layer %s is in the disk twice", path)
+		}
+		f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|flags, 0)
+		if err != nil {
+			return fmt.Errorf("opening layer %d of the disk: %w", i+1, err)
+		}
+		p.lowers = append(p.lowers, f)
+		if err := lockWait(ctx, f, unix.LOCK_SH); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkFrozen refuses an image that is no layer to stand on: it must be as an
+// unmount leaves it, because nobody will replay its journal.
+func checkFrozen(f *os.File) error {
+	dirty, err := needsRecovery(f)
 	if err != nil {
-		return parts{}, err
+		return fmt.Errorf("reading a layer of the disk: %w", err)
 	}
-	return parts{layer, func(s stage) error { return s.mountRoot(rootImage, layer.File, spec.Ephemeral) }}, nil
+	if dirty {
+		return api.Errorf(api.ErrDamaged, "the layer %s was not frozen: its journal needs recovery", f.Name())
+	}
+	return nil
+}
+
+// close gives the layers up and waits for the kernel to do so with the writable
+// one.
+func (p *parts) close() {
+	for _, f := range p.lowers {
+		f.Close()
+	}
+	if p.layer != nil {
+		_ = p.layer.release()
+	}
 }
 
 // bindFile makes the file at path visible at target, where its mount keeps it

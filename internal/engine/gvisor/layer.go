@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,12 +17,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/ext4image"
 )
 
-// LayerFile is the name of the writable layer in a machine's Dir: an ext4 image
-// whose directory [UpperDir] holds the machine's changes to its environment in
-// overlayfs's upper format. It exists from the first Start on.
+// LayerFile is the name of the writable layer in a machine's Dir where its
+// specification names no other place: an ext4 image whose directory [UpperDir]
+// holds the machine's changes to what lies below, in overlayfs's upper format. It
+// exists from the first Start on.
 const LayerFile = "layer.ext4"
 
 // The directories in the layer, as overlayfs wants them.
@@ -42,12 +45,11 @@ const layerBlock = 4096
 // slow disk is what can take long.
 const layerWait = 60 * time.Second
 
-// openLayer opens the layer in dir, making it where it is not there, at least
-// sizeMiB large, and locked: the lock is held until the returned file and every
-// loop device on it are gone, so no two kernels' worth of caches ever write to
-// one image. It waits for a holder that is on its way out.
-func openLayer(ctx context.Context, dir string, sizeMiB int64, ephemeral bool) (*layer, error) {
-	path := filepath.Join(dir, LayerFile)
+// openLayer opens the writable layer at path, making it where it is not there,
+// at least sizeMiB large, and locked: the lock is held until the returned file
+// and every loop device on it are gone, so no two kernels' worth of caches ever
+// write to one image. It waits for a holder that is on its way out.
+func openLayer(ctx context.Context, path string, sizeMiB int64, ephemeral bool) (*layer, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		if err := makeLayer(path, sizeMiB, ephemeral); err != nil {
@@ -58,7 +60,7 @@ func openLayer(ctx context.Context, dir string, sizeMiB int64, ephemeral bool) (
 	if err != nil {
 		return nil, fmt.Errorf("opening the writable layer: %w", err)
 	}
-	if err := lockWait(ctx, f); err != nil {
+	if err := lockWait(ctx, f, unix.LOCK_EX); err != nil {
 		f.Close()
 		return nil, err
 	}
@@ -69,21 +71,23 @@ func openLayer(ctx context.Context, dir string, sizeMiB int64, ephemeral bool) (
 	return &layer{f}, nil
 }
 
-// openLayerDir is openLayer for a layer that is a directory, [LayerDir], which
-// mounting makes: it only locks.
-func openLayerDir(ctx context.Context, dir string) (*layer, error) {
-	f, err := os.OpenFile(filepath.Join(dir, LayerDir+".lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+// openLayerDir is openLayer for a layer that is a directory.
+func openLayerDir(ctx context.Context, path string) (*layer, error) {
+	if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil, fmt.Errorf("making the writable layer: %w", err)
+	}
+	f, err := os.OpenFile(path, unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil, fmt.Errorf("opening the writable layer: %w", err)
 	}
-	if err := lockWait(ctx, f); err != nil {
+	if err := lockWait(ctx, f, unix.LOCK_EX); err != nil {
 		f.Close()
 		return nil, err
 	}
 	return &layer{f}, nil
 }
 
-// layer is an open and locked image, or the lock of a directory.
+// layer is an open and locked image or directory.
 type layer struct {
 	*os.File
 }
@@ -103,19 +107,19 @@ func (l *layer) release() error {
 		return err
 	}
 	defer f.Close()
-	return lockWait(context.Background(), f)
+	return lockWait(context.Background(), f, unix.LOCK_EX)
 }
 
 // makeLayer makes a sparse ext4 image. A crash leaves at most a file of another
 // name, which the next attempt removes.
 func makeLayer(path string, sizeMiB int64, ephemeral bool) (err error) {
-	leftovers, _ := filepath.Glob(path + ".*.new")
+	leftovers, _ := filepath.Glob(path + ".*" + engine.UnfinishedSuffix)
 	for _, l := range leftovers {
 		if err := os.Remove(l); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("making the writable layer: %w", err)
 		}
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), LayerFile+".*.new") // mode 0600
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*"+engine.UnfinishedSuffix) // mode 0600
 	if err != nil {
 		return fmt.Errorf("making the writable layer: %w", err)
 	}
@@ -149,22 +153,23 @@ func fillLayer(f *os.File, sizeMiB int64) error {
 	return w.Close()
 }
 
-// lockWait takes an exclusive flock on f, waiting up to layerWait for others.
-func lockWait(ctx context.Context, f *os.File) error {
+// lockWait takes a flock on f, unix.LOCK_EX or LOCK_SH, waiting up to layerWait
+// for others.
+func lockWait(ctx context.Context, f *os.File, how int) error {
 	ctx, cancel := context.WithTimeout(ctx, layerWait)
 	defer cancel()
 	for pause := time.Millisecond; ; pause = min(2*pause, 20*time.Millisecond) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
 		if err == nil {
 			return nil
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			return fmt.Errorf("locking the writable layer: %w", err)
+			return fmt.Errorf("locking the layer %s: %w", f.Name(), err)
 		}
 		// No event tells when the kernel lets a loop device go.
 		select {
 		case <-ctx.Done():
-			return api.WithHint(api.Errorf(api.ErrBusy, "the writable layer %s is still in use", f.Name()),
+			return api.WithHint(api.Errorf(api.ErrBusy, "the layer %s is still in use", f.Name()),
 				"stop the machine that uses it, and try again")
 		case <-time.After(pause):
 		}
@@ -217,18 +222,37 @@ func growMounted(image *os.File, target string) error {
 }
 
 // ext4Size reads a file system's size in bytes from its superblock, by
-// "Ext4 Data Structures and Algorithms", section 3.1. The image is one of ours,
+// Documentation/filesystems/ext4, "Super Block". It believes only what we made:
 // with blocks of layerBlock bytes.
 func ext4Size(image *os.File) (int64, error) {
-	var sb [0x160]byte
-	if _, err := image.ReadAt(sb[:], 1024); err != nil {
+	sb, err := superblock(image)
+	if err != nil {
 		return 0, err
-	}
-	if binary.LittleEndian.Uint16(sb[0x38:]) != 0xef53 {
-		return 0, api.Errorf(api.ErrDamaged, "%s is not an ext4 image", image.Name())
 	}
 	blocks := int64(binary.LittleEndian.Uint32(sb[0x4:])) | int64(binary.LittleEndian.Uint32(sb[0x150:]))<<32
 	return blocks * layerBlock, nil
+}
+
+// needsRecovery reports whether the image's journal holds what is not in its
+// place yet: INCOMPAT_RECOVER of s_feature_incompat.
+func needsRecovery(image *os.File) (bool, error) {
+	sb, err := superblock(image)
+	if err != nil {
+		return false, err
+	}
+	return binary.LittleEndian.Uint32(sb[0x60:])&0x4 != 0, nil
+}
+
+// superblock reads the superblock of an image, which must have one.
+func superblock(image *os.File) ([]byte, error) {
+	sb := make([]byte, 1024)
+	if _, err := image.ReadAt(sb, 1024); err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	if binary.LittleEndian.Uint16(sb[0x38:]) != 0xef53 {
+		return nil, api.Errorf(api.ErrDamaged, "%s is not an ext4 image", image.Name())
+	}
+	return sb, nil
 }
 
 // findTool finds a system program also where PATH lacks the sbin directories,

@@ -35,7 +35,8 @@ type machine struct {
 	dir       string
 	ephemeral bool
 	limits    *limits
-	layer     *layer
+	parts     parts
+	ownDisk   bool // the disk lies in dir
 	logger    *slog.Logger
 
 	run *exec.Cmd // runsc run, in the foreground
@@ -49,6 +50,10 @@ type machine struct {
 	gone  chan struct{} // closed when nothing runs any more and the layer is free
 	exit  engine.Exit   // valid then
 
+	stopping     context.Context // ends when Stop is called
+	markStopping context.CancelFunc
+	snapshotMu   sync.Mutex
+
 	stopOnce  sync.Once
 	mu        sync.Mutex
 	requested bool
@@ -60,6 +65,8 @@ type machine struct {
 var (
 	_ engine.Machine = (*machine)(nil)
 	_ engine.Pauser  = (*machine)(nil)
+
+	_ engine.DiskSnapshotter = (*machine)(nil)
 )
 
 // DialGuest implements engine.Machine.
@@ -128,6 +135,7 @@ func (m *machine) Stop(ctx context.Context, grace time.Duration) error {
 	m.mu.Lock()
 	m.requested = true
 	m.mu.Unlock()
+	m.markStopping()
 	if grace > 0 && !m.isGone() {
 		m.stopOnce.Do(func() { m.shutdown(ctx, grace) })
 	}
@@ -204,6 +212,10 @@ func (m *machine) Resume(ctx context.Context) error { return m.setPaused(ctx, fa
 func (m *machine) setPaused(ctx context.Context, paused bool) error {
 	m.pauseMu.Lock()
 	defer m.pauseMu.Unlock()
+	return m.setPausedLocked(ctx, paused)
+}
+
+func (m *machine) setPausedLocked(ctx context.Context, paused bool) error {
 	if m.paused == paused {
 		return nil
 	}
@@ -275,7 +287,7 @@ func (m *machine) teardown() {
 	if err := m.ns.do(func() error { return m.stage.unmountRoot(m.ephemeral) }); err != nil {
 		m.logger.Error("taking the sandbox's mounts apart", "err", err)
 	}
-	if m.ephemeral && inUserNamespace() {
+	if m.ephemeral && m.ownDisk && inUserNamespace() {
 		// Files of the guest's users are in it, which whoever removes the
 		// machine's directory from outside of this namespace could not.
 		if err := os.RemoveAll(filepath.Join(m.dir, LayerDir)); err != nil {
@@ -283,7 +295,11 @@ func (m *machine) teardown() {
 		}
 	}
 	m.ns.close()
-	if err := m.layer.release(); err != nil {
+	m.markStopping()
+	for _, f := range m.parts.lowers {
+		f.Close()
+	}
+	if err := m.parts.layer.release(); err != nil {
 		m.logger.Error("waiting for the kernel to let go of the writable layer", "err", err)
 	}
 	m.limits.remove()

@@ -20,6 +20,7 @@ import (
 // tied to the thread that forked them, which here lives as long as the machine.
 type namespace struct {
 	calls chan func()
+	stop  chan struct{} // closed by close
 	ended chan struct{}
 }
 
@@ -27,7 +28,7 @@ type namespace struct {
 // follows the host's later mounts and unmounts, so that it never keeps a file
 // system of the host busy; nothing goes the other way.
 func newNamespace() (*namespace, error) {
-	n := &namespace{calls: make(chan func()), ended: make(chan struct{})}
+	n := &namespace{calls: make(chan func()), stop: make(chan struct{}), ended: make(chan struct{})}
 	ready := make(chan error)
 	onOwnThread(func() {
 		defer close(n.ended)
@@ -36,8 +37,13 @@ func newNamespace() (*namespace, error) {
 			return
 		}
 		ready <- nil
-		for call := range n.calls {
-			call()
+		for {
+			select {
+			case call := <-n.calls:
+				call()
+			case <-n.stop:
+				return
+			}
 		}
 	})
 	if err := <-ready; err != nil {
@@ -78,11 +84,15 @@ func onOwnThread(f func()) {
 }
 
 // do runs f in the namespace and returns its error. Calls run one after the
-// other; f must not block for long. do must not be called after close.
+// other; f must not block for long. After close the answer is ErrUnavailable.
 func (n *namespace) do(f func() error) error {
 	done := make(chan error, 1)
-	n.calls <- func() { done <- f() }
-	return <-done
+	select {
+	case n.calls <- func() { done <- f() }:
+		return <-done
+	case <-n.ended:
+		return api.Errorf(api.ErrUnavailable, "the machine is gone")
+	}
 }
 
 // start starts cmd in the namespace. The child is killed when this process
@@ -96,8 +106,8 @@ func (n *namespace) start(cmd *exec.Cmd) error {
 }
 
 // close ends the thread and kills what start has started and still runs. It
-// returns when the thread has let go of the namespace.
+// returns when the thread has let go of the namespace. It is called once.
 func (n *namespace) close() {
-	close(n.calls)
+	close(n.stop)
 	<-n.ended
 }

@@ -40,7 +40,9 @@ func (e *Engine) Probe(ctx context.Context) engine.Capabilities {
 	need("ptrace", "allowed", checkPtrace(readLine("/proc/sys/kernel/yama/ptrace_scope")))
 	root := os.Geteuid() == 0 && !inUserNamespace()
 	filesystems := []string{"overlay"}
+	c.Disk = engine.DiskDirectory
 	if root {
+		c.Disk, c.SeedLayer = engine.DiskExt4, true
 		need("privileges", "root", tryNamespaces(ctx))
 		need("loop devices", "available", checkLoop())
 		filesystems = append(filesystems, "ext4")

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -48,8 +49,10 @@ type stage string
 func (s stage) path(name string) string { return filepath.Join(string(s), name) }
 
 func (s stage) base() string   { return s.path("base") }  // environment, read-only
-func (s stage) layer() string  { return s.path("layer") } // the machine's own image
-func (s stage) root() string   { return s.path("root") }  // overlay of the two
+func (s stage) lowers() string { return s.path("l") }     // the layers between, by number
+func (s stage) layer() string  { return s.path("layer") } // the machine's own
+func (s stage) spare() string  { return s.path("spare") } // a snapshot on its way
+func (s stage) root() string   { return s.path("root") }  // overlay of them all
 func (s stage) bundle() string { return s.path("bundle") }
 func (s stage) state() string  { return s.path("state") } // runsc --root
 func (s stage) socket() string { return s.path("socket") }
@@ -67,7 +70,7 @@ func (s stage) mount() error {
 	if err != nil {
 		return fmt.Errorf("mounting a private tmpfs on %s: %w", string(s), err)
 	}
-	for _, dir := range []string{s.base(), s.layer(), s.root(), s.bundle(), s.state(), s.socket()} {
+	for _, dir := range []string{s.base(), s.lowers(), s.layer(), s.spare(), s.root(), s.bundle(), s.state(), s.socket()} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			return err
 		}
@@ -78,16 +81,29 @@ func (s stage) mount() error {
 // overlayOptions: redirect_dir lets a guest rename directories of its
 // environment as it could on a disk of its own (without it rename(2) answers
 // EXDEV); its xattrs are in the trusted namespace, which gVisor gives no guest.
-// xino keeps inode numbers unique across the two layers. Hard links within the
-// environment break when one name is written to: index=on would keep them, but
-// ties the upper layer to one mount of the lower one.
+// xino keeps inode numbers unique across the layers. Hard links within a lower
+// layer break when one name is written to: index=on would keep them, but ties
+// the upper layer to one mount of the lower ones, which are mounted anew at every
+// start, as copies elsewhere maybe. What the upper layer remembers of them
+// without it (trusted.overlay.origin) is a hint for inode numbers only.
 const overlayOptions = "redirect_dir=on,xino=on,index=off,metacopy=off"
 
 // mountRoot puts the machine's root file system together. It runs in the
-// namespace. layer is locked and stays the caller's to close.
-func (s stage) mountRoot(rootImage, layer *os.File, ephemeral bool) error {
+// namespace. layer and lowers, the lowest first, are locked and stay the
+// caller's to close.
+func (s stage) mountRoot(rootImage, layer *os.File, lowers []*os.File, ephemeral bool) error {
 	if err := mountImage(rootImage, s.base(), true, ""); err != nil {
 		return fmt.Errorf("mounting the environment: %w", err)
+	}
+	for i, f := range lowers {
+		if err := s.mountLower(i, func(target string) error {
+			// Several machines may have the same image mounted, each by a loop
+			// device of its own. None of them writes a byte of it: the devices
+			// are read-only, and there is no journal to replay.
+			return mountImage(f, target, true, "noload")
+		}); err != nil {
+			return err
+		}
 	}
 	// The fresh image's inode tables are zeros already: no kernel thread needs
 	// to write them, which would make the sparse file fat.
@@ -108,10 +124,56 @@ func (s stage) mountRoot(rootImage, layer *os.File, ephemeral bool) error {
 			return err
 		}
 	}
-	options = fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s,%s", s.base(), upper, work, overlayOptions)
+	options = overlayOptions
 	if ephemeral {
 		options += ",volatile"
 	}
+	return s.mountOverlay(len(lowers), options)
+}
+
+// maxLayers bounds the layers between environment and disk: overlayfs takes 500
+// (OVL_MAX_STACK), and the names of 256 fit the one page that mount(2) has for
+// options.
+const maxLayers = 256
+
+func (s stage) lower(i int) string { return filepath.Join(s.lowers(), strconv.Itoa(i)) }
+
+// mountLower gives layer i its place and has mount put it there.
+func (s stage) mountLower(i int, mount func(target string) error) error {
+	target := s.lower(i)
+	if err := os.Mkdir(target, 0o700); err != nil {
+		return err
+	}
+	err := mount(target)
+	for _, damage := range []error{unix.EINVAL, unix.EUCLEAN, unix.EBADMSG} { // what ext4 says of what is none
+		if errors.Is(err, damage) {
+			err = api.Errorf(api.ErrDamaged, "%w", err)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("mounting layer %d of the disk: %w", i+1, err)
+	}
+	if st, err := os.Lstat(filepath.Join(target, UpperDir)); err != nil || !st.IsDir() {
+		return api.Errorf(api.ErrDamaged, "layer %d of the disk has no directory %s", i+1, UpperDir)
+	}
+	return nil
+}
+
+// mountOverlay joins what is mounted at base, lower and layer.
+func (s stage) mountOverlay(lowers int, options string) (err error) {
+	// Names relative to where the layers are, which are short. The thread's
+	// working directory is its own.
+	if err := unix.Chdir(s.lowers()); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, unix.Chdir("/")) }()
+	var dirs []string
+	for i := lowers - 1; i >= 0; i-- {
+		dirs = append(dirs, strconv.Itoa(i)+"/"+UpperDir)
+	}
+	dirs = append(dirs, s.base())
+	options = fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s,%s", strings.Join(dirs, ":"),
+		filepath.Join(s.layer(), UpperDir), filepath.Join(s.layer(), workDir), options)
 	if err := unix.Mount("overlay", s.root(), "overlay", unix.MS_NODEV|unix.MS_NOSUID|unix.MS_NOATIME, options); err != nil {
 		return fmt.Errorf("mounting the overlay: %w", err)
 	}
@@ -125,8 +187,13 @@ func (s stage) unmountRoot(ephemeral bool) error {
 	if ephemeral {
 		flags = unix.MNT_DETACH
 	}
+	targets := []string{s.root(), s.layer()}
+	lowers, _ := os.ReadDir(s.lowers())
+	for _, l := range lowers {
+		targets = append(targets, filepath.Join(s.lowers(), l.Name()))
+	}
 	var first error
-	for _, target := range []string{s.root(), s.layer(), s.base()} {
+	for _, target := range append(targets, s.base()) {
 		err := unix.Unmount(target, flags)
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) { // Start failed half-way
 			err = nil

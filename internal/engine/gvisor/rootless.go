@@ -23,7 +23,8 @@ import (
 // once and the machine's changes are a directory; and cgroups stay closed.
 
 // LayerDir is the name of the writable layer in a machine's Dir where it is a
-// directory: that of a machine without root.
+// directory, that of a machine without root, and its specification names no other
+// place.
 const LayerDir = "layer"
 
 var _ engine.Launcher = (*Engine)(nil)
@@ -108,29 +109,27 @@ func checkUserNamespaces(read func(string) string) error {
 const treeOptions = "userxattr,xino=on,index=off,metacopy=off"
 
 // mountTree puts the root file system together from directories. It runs in
-// the namespace.
-func (s stage) mountTree(tree, dir string) error {
-	upper, work := filepath.Join(dir, LayerDir, UpperDir), filepath.Join(dir, LayerDir, workDir)
-	for _, d := range []struct {
-		path string
-		mode os.FileMode
-	}{{filepath.Dir(upper), 0o700}, {upper, 0o755}, {work, 0o755}} {
-		if err := os.Mkdir(d.path, d.mode); err != nil && !errors.Is(err, os.ErrExist) {
+// the namespace. lowers has the lowest first.
+func (s stage) mountTree(tree, layer string, lowers []*os.File) error {
+	for _, name := range []string{UpperDir, workDir} {
+		if err := os.Mkdir(filepath.Join(layer, name), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 			return err
 		}
 	}
 	// By way of bind mounts, because the options allow no comma and no colon.
-	for _, b := range []struct{ from, to string }{{tree, s.base()}, {filepath.Join(dir, LayerDir), s.layer()}} {
+	for i, f := range lowers {
+		if err := s.mountLower(i, func(target string) error {
+			return unix.Mount(f.Name(), target, "", unix.MS_BIND, "")
+		}); err != nil {
+			return err
+		}
+	}
+	for _, b := range []struct{ from, to string }{{tree, s.base()}, {layer, s.layer()}} {
 		if err := unix.Mount(b.from, b.to, "", unix.MS_BIND, ""); err != nil {
 			return fmt.Errorf("binding %s: %w", b.from, err)
 		}
 	}
-	options := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s,%s", s.base(),
-		filepath.Join(s.layer(), UpperDir), filepath.Join(s.layer(), workDir), treeOptions)
-	if err := unix.Mount("overlay", s.root(), "overlay", unix.MS_NODEV|unix.MS_NOSUID|unix.MS_NOATIME, options); err != nil {
-		return fmt.Errorf("mounting the overlay: %w", err)
-	}
-	return nil
+	return s.mountOverlay(len(lowers), treeOptions)
 }
 
 // RemoveDir removes a machine's directory or an unpacked environment, also
