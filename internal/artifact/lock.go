@@ -195,3 +195,16 @@ func hasOpen(pid int, file os.FileInfo) bool {
 	}
 	return false
 }
+
+// Hold takes a shared lock on path, making the file where it is not, and waits
+// for it until ctx ends. Closing the file, and every copy that a child has
+// inherited, gives the hold up. It is for other stores of this form.
+func Hold(ctx context.Context, path string) (*os.File, error) {
+	return lock(ctx, path, unix.LOCK_SH, nil)
+}
+
+// TryOwn takes the lock on path alone, or is api.ErrBusy at once. While it is
+// held the file may be removed: a later [Hold] notices.
+func TryOwn(path string) (*os.File, error) {
+	return tryLock(path, unix.LOCK_EX)
+}
