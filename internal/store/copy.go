@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 
@@ -49,7 +50,9 @@ func (s *Store) writeCopy(ctx context.Context, id string, makeDir bool) {
 		c, generation, err := s.readForCopy(ctx, id)
 		if errors.Is(err, api.ErrNotFound) {
 			// Deleted in the meantime, maybe before we wrote.
-			s.removeCopy(id)
+			if err := s.removeCopy(id); err != nil {
+				s.log.Warn("cleaning up after a deleted workspace", "err", err)
+			}
 			return
 		}
 		if err == nil && generation == st.generation {
@@ -81,12 +84,13 @@ func (s *Store) readForCopy(ctx context.Context, id string) (c recordCopy, gener
 
 // removeCopy removes the copy of a deleted workspace's record, so that Repair
 // does not bring it back to life.
-func (s *Store) removeCopy(id string) {
+func (s *Store) removeCopy(id string) error {
 	s.copies.forget(id)
 	if s.workspacesDir == "" {
-		return
+		return nil
 	}
 	if err := os.Remove(s.workspaceDir(id).RecordFile()); err != nil && !errors.Is(err, os.ErrNotExist) {
-		s.log.Warn("removing the copy of a deleted workspace's record", "workspace", id, "err", err)
+		return fmt.Errorf("removing the copy of the record of workspace %s: %w", id, err)
 	}
+	return nil
 }

@@ -9,8 +9,8 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"syscall"
 
+	"golang.org/x/sys/unix"
 	_ "modernc.org/sqlite" // the driver
 
 	"github.com/pyro-mcp/pyro/api"
@@ -50,12 +50,15 @@ func (s *Store) open(ctx context.Context) error {
 	if err := refuseNetwork(filepath.Dir(s.path)); err != nil {
 		return err
 	}
-	var err error
-	s.hold, err = takeHold(s.path, s.busyTimeout, true)
-	if errors.Is(err, os.ErrPermission) || errors.Is(err, syscall.EROFS) {
+	err := s.writable()
+	if errors.Is(err, api.ErrDenied) {
+		s.readOnly = err
 		return s.openReadOnly(ctx)
 	}
 	if err != nil {
+		return err
+	}
+	if s.hold, err = takeHold(s.path, s.busyTimeout, true); err != nil {
 		return err
 	}
 	if err := s.hold.share(ctx); err != nil {
@@ -85,7 +88,24 @@ func (s *Store) open(ctx context.Context) error {
 		return err
 	}
 	if version < len(migrations) {
-		return s.upgrade(ctx)
+		if err := s.upgrade(ctx); err != nil {
+			return err
+		}
+	}
+	return s.refuseForgotten(ctx)
+}
+
+// writable is api.ErrDenied where nothing can be written. The directory decides,
+// not the file: the files beside the database come and go.
+func (s *Store) writable() error {
+	dir := filepath.Dir(s.path)
+	err := unix.Faccessat(unix.AT_FDCWD, dir, unix.W_OK|unix.X_OK, unix.AT_EACCESS)
+	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EROFS) {
+		return api.WithHint(api.Errorf(api.ErrDenied, "state database %s: its directory cannot be written", s.path),
+			"make it writable, or point PYRO_STATE_DIR at another directory")
+	}
+	if err != nil {
+		return fmt.Errorf("looking at %s: %w", dir, err)
 	}
 	return nil
 }
@@ -154,7 +174,7 @@ func (s *Store) create(ctx context.Context) error {
 // createFile makes the file itself, closed to others: SQLite gives the files
 // beside it the same permissions.
 func (s *Store) createFile() error {
-	f, err := os.OpenFile(s.path, os.O_WRONLY|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
+	f, err := os.OpenFile(s.path, os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}
@@ -163,23 +183,69 @@ func (s *Store) createFile() error {
 
 // refuseOrphans is an error if there are workspaces.
 func (s *Store) refuseOrphans() error {
-	if s.workspacesDir == "" {
-		return nil
-	}
-	entries, err := os.ReadDir(s.workspacesDir)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
+	dirs, err := s.workspaceDirs()
+	if err != nil || len(dirs) == 0 {
 		return err
 	}
-	n := 0
-	for _, e := range entries {
-		if e.IsDir() {
-			n++
+	return api.WithHint(api.Errorf(api.ErrDamaged, "the state database %s is empty, but there are workspaces (%d in %s)", s.path, len(dirs), s.workspacesDir), repairHint)
+}
+
+// refuseForgotten is an error if there is a copy of a record that the database
+// does not have: somebody put an old database in place of the newest, or took
+// its journal away. A copy is only ever written after the record and removed
+// before it.
+func (s *Store) refuseForgotten(ctx context.Context) error {
+	dirs, err := s.workspaceDirs()
+	if err != nil || len(dirs) == 0 {
+		return err
+	}
+	known := make(map[string]bool, len(dirs))
+	err = s.read(ctx, func(tx *sql.Tx) error {
+		return collect(ctx, tx, func(rows *sql.Rows) error {
+			var id string
+			err := rows.Scan(&id)
+			known[id] = true
+			return err
+		}, "SELECT id FROM workspaces")
+	})
+	if err != nil {
+		return err
+	}
+	for _, id := range dirs {
+		if known[id] {
+			continue
+		}
+		if _, err := os.Lstat(s.workspaceDir(id).RecordFile()); err == nil {
+			return api.WithHint(api.Errorf(api.ErrDamaged, "the state database %s does not know workspace %s, whose files lie in %s", s.path, id, s.workspaceDir(id).Path()), repairHint)
 		}
 	}
-	if n == 0 {
-		return nil
+	return nil
+}
+
+// workspaceDirs returns the names of the directories of workspaces.
+func (s *Store) workspaceDirs() ([]string, error) {
+	if s.workspacesDir == "" {
+		return nil, nil
 	}
-	return api.WithHint(api.Errorf(api.ErrDamaged, "the state database %s is empty, but there are workspaces (%d in %s)", s.path, n, s.workspacesDir), repairHint)
+	d, err := os.Open(s.workspacesDir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	entries, err := d.ReadDir(-1)
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, e := range entries {
+		if e.IsDir() {
+			names = append(names, e.Name())
+		}
+	}
+	return names, nil
 }
 
 // upgrade migrates a database of an older pyro.
@@ -230,8 +296,6 @@ func (s *Store) check(ctx context.Context, db *sql.DB) error {
 
 // openReadOnly opens what is there without writing anything.
 func (s *Store) openReadOnly(ctx context.Context) error {
-	s.readOnly = api.WithHint(api.Errorf(api.ErrDenied, "state database %s: its directory cannot be written", s.path),
-		"make it writable, or point PYRO_STATE_DIR at another directory")
 	empty, err := isEmpty(s.path)
 	if err != nil {
 		return err
@@ -271,5 +335,5 @@ func (s *Store) openReadOnly(ctx context.Context) error {
 		return fmt.Errorf("changing its form from %d to %d: %w", version, len(migrations), s.readOnly)
 	}
 	s.log.Warn("the state directory cannot be written: workspaces can be looked at, not changed", "path", filepath.Dir(s.path))
-	return nil
+	return s.refuseForgotten(ctx)
 }

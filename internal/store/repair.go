@@ -25,7 +25,8 @@ type Repaired struct {
 	// Workspaces, Commands and Events are how many are in the new database.
 	// The journal and the history come from what can be read of the old one.
 	Workspaces, Commands, Events int
-	// Skipped are directories of workspaces that could not be taken in.
+	// Skipped are directories of workspaces that could not be taken in. A copy
+	// of a record in them that is of no use is moved aside too.
 	Skipped []api.SkippedEntry
 }
 
@@ -47,6 +48,9 @@ func Repair(ctx context.Context, path string, opts Options) (*Repaired, error) {
 
 func (s *Store) repair(ctx context.Context) (_ *Repaired, err error) {
 	if err := refuseNetwork(filepath.Dir(s.path)); err != nil {
+		return nil, err
+	}
+	if err := s.writable(); err != nil {
 		return nil, err
 	}
 	if s.hold, err = takeHold(s.path, s.busyTimeout, true); err != nil {
@@ -80,6 +84,12 @@ func (s *Store) repair(ctx context.Context) (_ *Repaired, err error) {
 	if err := os.Rename(made, s.path); err != nil {
 		return nil, err
 	}
+	// A copy without a record would be found again by every Open.
+	for _, skipped := range r.Skipped {
+		if _, err := moveAside(statedir.Workspace(skipped.Path).RecordFile()); err != nil {
+			return nil, err
+		}
+	}
 	return r, statedir.SyncDir(filepath.Dir(s.path))
 }
 
@@ -112,10 +122,11 @@ func (s *Store) examine(ctx context.Context) error {
 	if _, err := s.References(ctx); err != nil {
 		return err
 	}
-	return nil
+	return s.refuseForgotten(ctx)
 }
 
-// moveAside renames a database, if there is one, and returns its new path.
+// moveAside renames a database or another file, if it is there, and returns its
+// new path.
 func moveAside(path string) (string, error) {
 	to := path + ".damaged-" + stamp()
 	moved := ""
@@ -186,6 +197,11 @@ func takeIn(ctx context.Context, tx *sql.Tx, dir statedir.Workspace) error {
 		return err
 	}
 	err := insertWorkspace(ctx, tx, w)
+	if errors.Is(err, api.ErrExists) && w.Name != nil {
+		// A copy may be older than a change of names.
+		w.Name = nil
+		err = insertWorkspace(ctx, tx, w)
+	}
 	for _, sn := range c.Snapshots {
 		if err != nil {
 			break

@@ -38,6 +38,10 @@ type Workspace struct {
 	// HistoryStart is the last event before the history that counts: what is
 	// older was before the last reset.
 	HistoryStart int64 `json:"history_start"`
+	// Require is the floor under the isolation that was asked for.
+	Require api.Require `json:"require"`
+	// TimeScale is by how much the machine is slower than the host.
+	TimeScale int `json:"time_scale"`
 	// Intent says what is being done to the workspace, for whoever finds it
 	// half done; "" for nothing.
 	Intent string `json:"intent"`
@@ -301,12 +305,18 @@ func touch(ctx context.Context, tx *sql.Tx, id string, at time.Time) error {
 // Delete forgets the workspace with that id and all that belongs to it, the
 // copy of its record included. Its other files are the caller's to remove.
 func (s *Store) Delete(ctx context.Context, id string) error {
+	gone := false
 	err := s.write(ctx, durable, func(tx *sql.Tx) error {
-		return exec1(ctx, tx, notFound(id), "DELETE FROM workspaces WHERE id = ?", id)
+		if err := exec1(ctx, tx, notFound(id), "DELETE FROM workspaces WHERE id = ?", id); err != nil {
+			return err
+		}
+		// Before the commit, so that there is never a copy without a record:
+		// that means a damaged database.
+		gone = true
+		return s.removeCopy(id)
 	})
-	if err != nil {
-		return err
+	if err != nil && gone {
+		s.writeCopy(ctx, id, false)
 	}
-	s.removeCopy(id)
-	return nil
+	return err
 }
