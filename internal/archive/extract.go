@@ -68,6 +68,10 @@ type ExtractOptions struct {
 	// entry, by case folding, or by what was there before. Without it files and
 	// links are replaced; a directory is never replaced by anything else.
 	Fresh bool
+	// OnDirectory, where not nil, is told of every directory that the archive
+	// has an entry for, so that a caller who merges what was unpacked knows
+	// which modes and times are the archive's. The name is clean and local.
+	OnDirectory func(name string)
 }
 
 // Result counts what was unpacked or packed.
@@ -222,6 +226,9 @@ func (x *extractor) entry(tr *tar.Reader, hdr *tar.Header, name string) error {
 		}
 		if name != "." {
 			x.dirs = append(x.dirs, dirMeta{name, mode, hdr.ModTime})
+			if x.opts.OnDirectory != nil {
+				x.opts.OnDirectory(name)
+			}
 			x.result.Entries++
 		}
 		return nil

@@ -60,15 +60,20 @@ type Server struct {
 	active   atomic.Int64
 	wg       sync.WaitGroup
 	shutdown sync.Once
+	// switching is held, by a value in it, while a sync changes the workspace.
+	switching chan struct{}
 }
 
-// NewServer returns a server with a boot id of its own.
+// NewServer returns a server with a boot id of its own. First it rolls back a
+// sync that an earlier agent below the same root did not complete; no other may
+// be serving there.
 func NewServer(c Config) (*Server, error) {
 	var id [16]byte
 	if _, err := rand.Read(id[:]); err != nil {
 		return nil, api.Errorf(api.ErrInternal, "drawing a boot id: %w", err)
 	}
-	return &Server{Config: c, bootID: hex.EncodeToString(id[:])}, nil
+	recoverStages(c.Root, c.Logger)
+	return &Server{Config: c, bootID: hex.EncodeToString(id[:]), switching: make(chan struct{}, 1)}, nil
 }
 
 // An Acceptor is where connections come from: a net.Listener or a multiplexed
@@ -186,6 +191,10 @@ func (q *request) serve(ctx context.Context) error {
 		return q.readFile(ctx, line)
 	case guestproto.ActionWriteFile:
 		return q.writeFile(ctx, line)
+	case guestproto.ActionSync:
+		return q.sync(ctx, line)
+	case guestproto.ActionExportFiles:
+		return q.exportFiles(ctx, line)
 	case guestproto.ActionOpenShell, guestproto.ActionReadShell, guestproto.ActionWriteShell,
 		guestproto.ActionSignalShell, guestproto.ActionCloseShell:
 		return api.Errorf(api.ErrUnsupported, "this guest agent has no shells")
