@@ -54,6 +54,7 @@ func Run(t *testing.T, s Subject) {
 		{"SnapshotWhileWriting", testSnapshotWhileWriting},
 		{"SnapshotRefused", testSnapshotRefused},
 		{"SnapshotThenKilled", testSnapshotThenKilled},
+		{"KilledWhileFreezing", testKilledWhileFreezing},
 		{"Refuses", testRefuses},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, s) })

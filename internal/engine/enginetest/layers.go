@@ -310,3 +310,57 @@ func testSnapshotThenKilled(t *testing.T, s Subject) {
 	on := Boot(t, s, stack.On(t, frozen...).spec)
 	on.wantFiles(t, "old", "old=1")
 }
+
+// testKilledWhileFreezing kills machines at moments around a snapshot. It may
+// succeed or not; either way nothing that was on the disk is lost.
+func testKilledWhileFreezing(t *testing.T, s Subject) {
+	g, stack := bootFreezable(t, s)
+	const rounds = 6
+	var want []string
+	for round := range rounds {
+		if round > 0 {
+			g = Boot(t, s, stack.spec)
+			g.wantFiles(t, "file*", strings.Join(want, " "))
+		}
+		g.put(t, fmt.Sprintf("file%d", round), "1")
+		want = append(want, fmt.Sprintf("file%d=1", round))
+		id, err := hostproc.Identify(g.PIDs()[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		killed := make(chan error)
+		go func() {
+			time.Sleep(time.Duration(round) * 3 * time.Millisecond) // the moment is what is tried out
+			killed <- id.Kill(9)
+		}()
+		spare := NewStack(t).Disk
+		frozen, err := g.Machine.(engine.DiskSnapshotter).SnapshotDisk(g.within(t, 20*time.Second), spare)
+		t.Logf("killed after %d ms: %v", round*3, err)
+		if err := <-killed; err != nil {
+			t.Fatal(err)
+		}
+		if _, err := g.Wait(g.within(t, 5*time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		if err := g.Stop(t.Context(), 0); err != nil {
+			t.Fatal(err)
+		}
+		switch {
+		case err != nil:
+			if !errors.Is(err, api.ErrUnavailable) {
+				t.Errorf("SnapshotDisk of a machine that is being killed: %v, want ErrUnavailable", err)
+			}
+			if left, err := os.ReadDir(filepath.Dir(spare)); err != nil || len(left) != 0 {
+				t.Errorf("a snapshot that failed leaves %v, %v", left, err)
+			}
+		case frozen == stack.Disk:
+			stack = Stack{Layers: append(slices.Clone(stack.Layers), frozen), Disk: spare}
+		default:
+			on := Boot(t, s, stack.On(t, append(slices.Clone(stack.Layers), frozen)...).spec)
+			on.wantFiles(t, "file*", strings.Join(want, " "))
+			on.end(t)
+		}
+	}
+	g = Boot(t, s, stack.spec)
+	g.wantFiles(t, "file*", strings.Join(want, " "))
+}

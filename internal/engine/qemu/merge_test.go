@@ -112,6 +112,25 @@ func (s stack) digest(t *testing.T, layers ...string) [32]byte {
 	return [32]byte(h.Sum(nil))
 }
 
+// openQcow2 opens one image without what it stands on.
+func openQcow2(t *testing.T, path string) *qcow2.Image {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	st, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	image, err := qcow2.Open(f, st.Size(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return image
+}
+
 // without returns the layers but number i.
 func (s stack) without(i int) []string { return slices.Delete(slices.Clone(s.layers), i, i+1) }
 

@@ -115,7 +115,7 @@ func (q *qmp) executeWith(ctx context.Context, file *os.File, command string, ar
 	}
 	q.mu.Unlock()
 	if err != nil {
-		return fmt.Errorf("asking QEMU to %s: %w", command, err)
+		return api.Errorf(api.ErrUnavailable, "asking QEMU to %s: %v", command, err)
 	}
 	select {
 	case r := <-reply:

@@ -131,9 +131,9 @@ func (m *machine) addFile(ctx context.Context, f *os.File, args any) (set int, e
 
 // addDisk makes the qcow2 file at path a node of QEMU's, with nothing below it
 // yet, and says by which fdset QEMU has it. drop takes it away again.
-func (m *machine) addDisk(ctx context.Context, path string) (node string, set int, drop func(), err error) {
+func (m *machine) addDisk(ctx context.Context, path string) (node string, fdset int, drop func(), err error) {
 	var undo []func(context.Context) error
-	drop = func() {
+	takeBack := func() {
 		for i := len(undo) - 1; i >= 0; i-- {
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 			if err := undo[i](ctx); err != nil {
@@ -144,7 +144,7 @@ func (m *machine) addDisk(ctx context.Context, path string) (node string, set in
 	}
 	defer func() {
 		if err != nil {
-			drop()
+			takeBack()
 		}
 	}()
 
@@ -153,7 +153,8 @@ func (m *machine) addDisk(ctx context.Context, path string) (node string, set in
 		return "", 0, nil, err
 	}
 	defer f.Close()
-	if set, err = m.addFile(ctx, f, nil); err != nil {
+	set, err := m.addFile(ctx, f, nil)
+	if err != nil {
 		return "", 0, nil, err
 	}
 	undo = append(undo, func(ctx context.Context) error {
@@ -173,7 +174,7 @@ func (m *machine) addDisk(ctx context.Context, path string) (node string, set in
 			return "", 0, nil, err
 		}
 	}
-	return node, set, drop, nil
+	return node, set, takeBack, nil
 }
 
 var _ engine.DiskSnapshotter = (*machine)(nil)
