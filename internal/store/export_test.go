@@ -1,6 +1,11 @@
 package store
 
-import "golang.org/x/sys/unix"
+import (
+	"context"
+	"database/sql"
+
+	"golang.org/x/sys/unix"
+)
 
 // SetStatfs replaces the system call until restore is called.
 func SetStatfs(f func(string, *unix.Statfs_t) error) (restore func()) {
@@ -18,3 +23,13 @@ func AddMigration(sql string) (restore func()) {
 
 // Forms is the newest form of the database.
 func Forms() int { return len(migrations) }
+
+// Synchronous returns what waits for the disk in a transaction.
+func Synchronous(ctx context.Context, s *Store, forPower bool) (n int, err error) {
+	how := quick
+	if forPower {
+		how = durable
+	}
+	err = s.write(ctx, how, func(tx *sql.Tx) error { return tx.QueryRowContext(ctx, "PRAGMA synchronous").Scan(&n) })
+	return n, err
+}

@@ -205,6 +205,7 @@ func TestUpdateIsAllOrNothing(t *testing.T) {
 	}
 	w, err = s.Update(t.Context(), "a", func(w *store.Workspace) error {
 		w.State, w.HistoryStart = api.StateStarted, w.LastEvent
+		w.LastEvent = 40 // is not a change's to make
 		return nil
 	}, store.Event{Kind: "started", Detail: map[string]any{"n": 1.0}})
 	if err != nil || w.State != api.StateStarted || w.LastEvent != 1 {
@@ -329,7 +330,9 @@ func TestJournal(t *testing.T) {
 func TestSnapshots(t *testing.T) {
 	s := newPlace(t).open(t)
 	ctx := t.Context()
-	mustCreate(t, s, workspace("a", ""))
+	w := workspace("a", "")
+	w.PendingLayer = "pending.qcow2"
+	mustCreate(t, s, w)
 	put := func(name string, at time.Time) error {
 		return s.PutSnapshot(ctx, "a", store.Snapshot{Snapshot: api.Snapshot{SnapshotName: name, Kind: api.SnapshotDisk, CreatedAt: at, Deletable: true},
 			Layer: name + ".qcow2", Chain: []string{"chain.qcow2"}, SeedDigest: "seed-" + name})
@@ -358,7 +361,7 @@ func TestSnapshots(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := &store.References{
-		Layers:       map[string]bool{"a-a.qcow2": true, "base.qcow2": true, "late.qcow2": true, "early.qcow2": true, "chain.qcow2": true},
+		Layers:       map[string]bool{"a-a.qcow2": true, "base.qcow2": true, "pending.qcow2": true, "late.qcow2": true, "early.qcow2": true, "chain.qcow2": true},
 		Seeds:        map[string]bool{"seed-a": true, "seed-late": true, "seed-early": true},
 		Environments: map[string]bool{"env": true},
 	}
@@ -405,6 +408,17 @@ func TestDeleteTakesEverythingAlong(t *testing.T) {
 	fill() // nothing of the old one is in the way
 	if events, _ := s.Events(ctx, "a", 0); len(events) != 1 {
 		t.Errorf("history %v", events)
+	}
+}
+
+// SQLite waits for the disk where a loss of power must not take anything back.
+func TestSynchronous(t *testing.T) {
+	s := newPlace(t).open(t)
+	// The numbers are those of PRAGMA synchronous: 1 is NORMAL, 2 is FULL.
+	for _, want := range []int{2, 1, 2} {
+		if got, err := store.Synchronous(t.Context(), s, want == 2); err != nil || got != want {
+			t.Errorf("synchronous is %d, %v; want %d", got, err, want)
+		}
 	}
 }
 
