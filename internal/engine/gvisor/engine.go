@@ -242,7 +242,7 @@ func openParts(ctx context.Context, rootImage *os.File, spec engine.MachineSpec)
 	if p.layer, err = openLayer(ctx, disk, sizeMiB, spec.Ephemeral); err != nil {
 		return p, err
 	}
-	p.mount = func(s stage) error { return s.mountRoot(rootImage, p.layer.File, p.lowers, spec.Ephemeral) }
+	p.mount = func(s stage) error { return s.mountRoot(rootImage, p.layer, p.lowers, spec.Ephemeral) }
 	return p, nil
 }
 
@@ -258,6 +258,13 @@ func (p *parts) openLowers(ctx context.Context, disk string, paths []string, fla
 			return fmt.Errorf("opening layer %d of the disk: %w", i+1, err)
 		}
 		p.lowers = append(p.lowers, f)
+		st, err := f.Stat()
+		if err != nil {
+			return fmt.Errorf("opening layer %d of the disk: %w", i+1, err)
+		}
+		if flags == 0 && !st.Mode().IsRegular() {
+			return api.Errorf(api.ErrDamaged, "layer %d of the disk, %s, is not a file", i+1, path)
+		}
 		if err := lockWait(ctx, f, unix.LOCK_SH); err != nil {
 			return err
 		}

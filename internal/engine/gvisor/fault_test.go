@@ -48,6 +48,9 @@ func supervise() int {
 		return 1
 	}
 	fmt.Println("running")
+	if path := os.Getenv(snapshotsVariable); path != "" {
+		return superviseSnapshots(m, path)
+	}
 	for {
 		if _, err := tryGuest(context.Background(), m, "seq 1000 >/workspace/h"); err != nil {
 			return 1

@@ -68,7 +68,7 @@ func openLayer(ctx context.Context, path string, sizeMiB int64, ephemeral bool) 
 		f.Close()
 		return nil, err
 	}
-	return &layer{f}, nil
+	return &layer{f, sizeMiB << 20}, nil
 }
 
 // openLayerDir is openLayer for a layer that is a directory.
@@ -84,12 +84,13 @@ func openLayerDir(ctx context.Context, path string) (*layer, error) {
 		f.Close()
 		return nil, err
 	}
-	return &layer{f}, nil
+	return &layer{File: f}, nil
 }
 
 // layer is an open and locked image or directory.
 type layer struct {
 	*os.File
+	size int64 // of an image: how large its file system must be at least, in bytes
 }
 
 // release gives the lock up and returns when the kernel has, too: then all that
@@ -195,18 +196,19 @@ func growFile(f *os.File, sizeMiB int64) error {
 const ext4IocResizeFS = 0x40086610
 
 // growMounted makes the file system in the image, mounted at target, as large as
-// the image file. The kernel wants CAP_SYS_RESOURCE for it, which some
-// containers' root lacks, so it is asked only where there is something to do.
-func growMounted(image *os.File, target string) error {
+// the image file, where it is smaller than it must be. The kernel wants
+// CAP_SYS_RESOURCE for it, which some containers' root lacks: then a disk keeps
+// serving as long as nobody asks for a larger one.
+func growMounted(image *layer, target string) error {
 	st, err := image.Stat()
 	if err != nil {
 		return fmt.Errorf("growing the writable layer: %w", err)
 	}
-	have, err := ext4Size(image)
+	have, err := ext4Size(image.File)
 	if err != nil {
 		return fmt.Errorf("growing the writable layer: %w", err)
 	}
-	if st.Size()-have < layerBlock {
+	if image.size-have < layerBlock {
 		return nil
 	}
 	dir, err := os.Open(target)
@@ -215,7 +217,12 @@ func growMounted(image *os.File, target string) error {
 	}
 	defer dir.Close()
 	blocks := uint64(st.Size() / layerBlock)
-	if err := ioctlPointer(dir.Fd(), ext4IocResizeFS, &blocks); err != nil {
+	err = ioctlPointer(dir.Fd(), ext4IocResizeFS, &blocks)
+	if errors.Is(err, unix.EPERM) {
+		return api.WithHint(api.Errorf(api.ErrDenied, "growing the writable layer from %d to %d MiB: %w", have>>20, st.Size()>>20, err),
+			"give the container CAP_SYS_RESOURCE, or keep the disk's size")
+	}
+	if err != nil {
 		return fmt.Errorf("growing the writable layer to %d MiB: %w", st.Size()>>20, err)
 	}
 	return nil

@@ -91,7 +91,7 @@ const overlayOptions = "redirect_dir=on,xino=on,index=off,metacopy=off"
 // mountRoot puts the machine's root file system together. It runs in the
 // namespace. layer and lowers, the lowest first, are locked and stay the
 // caller's to close.
-func (s stage) mountRoot(rootImage, layer *os.File, lowers []*os.File, ephemeral bool) error {
+func (s stage) mountRoot(rootImage *os.File, layer *layer, lowers []*os.File, ephemeral bool) error {
 	if err := mountImage(rootImage, s.base(), true, ""); err != nil {
 		return fmt.Errorf("mounting the environment: %w", err)
 	}
@@ -111,7 +111,7 @@ func (s stage) mountRoot(rootImage, layer *os.File, lowers []*os.File, ephemeral
 	if ephemeral {
 		options += ",nobarrier"
 	}
-	if err := mountImage(layer, s.layer(), false, options); err != nil {
+	if err := mountImage(layer.File, s.layer(), false, options); err != nil {
 		return fmt.Errorf("mounting the writable layer: %w", err)
 	}
 	if err := growMounted(layer, s.layer()); err != nil {

@@ -70,7 +70,8 @@ func TestWithoutRoot(t *testing.T) {
 	}{
 		{"plainly", []string{filepath.Join(dir, "test"), "-test.v", "-test.run", "^TestOrdinaryUser$"}},
 		{"launched", append(launch, filepath.Join(dir, "test"), "-test.v", "-test.run",
-			"^(TestGuest|TestDiskSurvivesStopAndStart|TestPause|TestManyAtOnce|TestOneDiskOneMachine|TestKillProcess|TestKillSupervisor|TestStartRefuses)$")},
+			"^(TestGuest|TestDiskSurvivesStopAndStart|TestPause|TestManyAtOnce|TestOneDiskOneMachine|TestKillProcess|TestKillSupervisor|TestStartRefuses|"+
+				"TestSharedLayer|TestSeedLayer|TestEveryLayerCounts|TestSnapshotHasWhatWasFlushed|TestSnapshotOfPaused|TestSnapshotGivenUp|TestKillSupervisorFreezing)$")},
 	} {
 		t.Run(run.name, func(t *testing.T) {
 			cmd := exec.Command(run.argv[0], run.argv[1:]...)
