@@ -99,7 +99,9 @@ func (c *copier) dir(ctx context.Context, source, target *os.Root, rel string, d
 		if rel == "." && strings.HasPrefix(name, stagePrefix) {
 			continue
 		}
-		if err := c.entry(ctx, source, target, name, path.Join(rel, name), depth); err != nil {
+		err := c.entry(ctx, source, target, name, path.Join(rel, name), depth)
+		// A directory that changes while it is read may show a name twice.
+		if err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
 	}

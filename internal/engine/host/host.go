@@ -60,7 +60,11 @@ func (Engine) Start(ctx context.Context, spec engine.MachineSpec) (engine.Machin
 	root := cmp.Or(spec.Disk, filepath.Join(spec.Dir, "root"))
 	switch st, err := os.Stat(root); {
 	case errors.Is(err, os.ErrNotExist) && len(spec.Layers) > 0:
-		skipped, err := copyTree(ctx, spec.Layers[len(spec.Layers)-1], root)
+		layer := spec.Layers[len(spec.Layers)-1]
+		if st, err := os.Stat(layer); errors.Is(err, os.ErrNotExist) || err == nil && !st.IsDir() {
+			return nil, api.Errorf(api.ErrDamaged, "layer %s of the machine's disk is missing or not a directory", layer)
+		}
+		skipped, err := copyTree(ctx, layer, root)
 		if err != nil {
 			return nil, fmt.Errorf("creating the machine's disk: %w", err)
 		}

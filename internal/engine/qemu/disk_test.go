@@ -19,6 +19,7 @@ import (
 // A disk that is not what it has to be never gets as far as QEMU. Nothing here
 // needs a guest: the kernel is not reached either.
 func TestStartOnSpoiltDisk(t *testing.T) {
+	made := newStack(t, 2)
 	for _, test := range []struct {
 		name  string
 		spoil func(path string) error
@@ -34,7 +35,7 @@ func TestStartOnSpoiltDisk(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			for _, layer := range []int{0, 1} {
-				s := newStack(t, 2)
+				s := made.copied(t)
 				if err := test.spoil(s.layers[layer]); err != nil {
 					t.Fatal(err)
 				}
@@ -64,6 +65,7 @@ func TestStartOnSpoiltDisk(t *testing.T) {
 // What Start makes is whole, as large as it has to be, and there is nothing
 // beside it, also when the rest of Start fails.
 func TestStartMakesTheDisk(t *testing.T) {
+	s := newStack(t, 2)
 	for _, test := range []struct {
 		name    string
 		layers  int
@@ -78,7 +80,6 @@ func TestStartMakesTheDisk(t *testing.T) {
 		{"SmallerThanTheLayer", 2, stackSize/2>>20 + 1, stackSize},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			s := newStack(t, 2)
 			dir := t.TempDir()
 			disk := filepath.Join(dir, "disk")
 			// What somebody left who was killed.

@@ -74,6 +74,25 @@ func newStack(t *testing.T, n int) stack {
 	return s
 }
 
+// copied returns a copy of the stack's files.
+func (s stack) copied(t *testing.T) stack {
+	t.Helper()
+	dir := t.TempDir()
+	c := stack{root: s.root}
+	for _, path := range s.layers {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		to := filepath.Join(dir, filepath.Base(path))
+		if err := os.WriteFile(to, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c.layers = append(c.layers, to)
+	}
+	return c
+}
+
 func run(t *testing.T, name string, args ...string) {
 	t.Helper()
 	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
@@ -135,9 +154,10 @@ func openQcow2(t *testing.T, path string) *qcow2.Image {
 func (s stack) without(i int) []string { return slices.Delete(slices.Clone(s.layers), i, i+1) }
 
 func TestMergeLayer(t *testing.T) {
+	made := newStack(t, 4)
 	for _, i := range []int{0, 1, 2} {
 		t.Run(fmt.Sprintf("Layer%d", i), func(t *testing.T) {
-			s := newStack(t, 4)
+			s := made.copied(t)
 			want := s.digest(t, s.layers...)
 			lower := s.digest(t, s.layers[:i+1]...)
 			if s.digest(t, s.without(i)...) == want {
@@ -230,8 +250,9 @@ func TestMergeLayerKilled(t *testing.T) {
 
 func TestMergeLayerRefuses(t *testing.T) {
 	e := qemu.New(qemu.Options{})
+	made := newStack(t, 2)
 	t.Run("NothingAbove", func(t *testing.T) {
-		s := newStack(t, 2)
+		s := made
 		for _, i := range []int{-1, 1, 2} {
 			if err := e.MergeLayer(t.Context(), s.layers, i, s.root); !errors.Is(err, api.ErrInvalid) {
 				t.Errorf("merging layer %d of 2: %v, want ErrInvalid", i, err)
@@ -239,7 +260,7 @@ func TestMergeLayerRefuses(t *testing.T) {
 		}
 	})
 	t.Run("InUse", func(t *testing.T) {
-		s := newStack(t, 2)
+		s := made.copied(t)
 		f, err := os.OpenFile(s.layers[1], os.O_RDWR, 0)
 		if err != nil {
 			t.Fatal(err)
@@ -267,7 +288,7 @@ func TestMergeLayerRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, layer := range []int{0, 1} {
-				s := newStack(t, 2)
+				s := made.copied(t)
 				if err := spoil(s.layers[layer]); err != nil {
 					t.Fatal(err)
 				}
