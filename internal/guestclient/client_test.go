@@ -11,6 +11,7 @@ import (
 	"net"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -130,6 +131,31 @@ var calls = map[string]func(context.Context, *guestclient.Client) error{
 	},
 	"export plain": func(ctx context.Context, c *guestclient.Client) error {
 		_, err := c.ExportArchivePlain(ctx, "/d", io.Discard)
+		return err
+	},
+	"flush": func(ctx context.Context, c *guestclient.Client) error { return c.Flush(ctx) },
+	"manifest": func(ctx context.Context, c *guestclient.Client) error {
+		_, err := c.Manifest(ctx, "", func(guestproto.ManifestEntry) error { return nil })
+		return err
+	},
+	"list files": func(ctx context.Context, c *guestclient.Client) error {
+		_, err := c.ListFiles(ctx, ".", true, func(guestproto.FileEntry) error { return nil })
+		return err
+	},
+	"read file": func(ctx context.Context, c *guestclient.Client) error {
+		_, err := c.ReadFile(ctx, "f", 0, 10, io.Discard)
+		return err
+	},
+	"write file": func(ctx context.Context, c *guestclient.Client) error {
+		_, err := c.WriteFile(ctx, guestproto.WriteFileRequest{Path: "f"}, strings.NewReader("text"))
+		return err
+	},
+	"sync": func(ctx context.Context, c *guestclient.Client) error {
+		_, err := c.Sync(ctx, guestproto.SyncRequest{Destination: "."}, strings.NewReader("tar"))
+		return err
+	},
+	"export files": func(ctx context.Context, c *guestclient.Client) error {
+		_, err := c.ExportFiles(ctx, ".", slices.Values([]string{"a", "b"}), io.Discard)
 		return err
 	},
 	"shutdown": func(ctx context.Context, c *guestclient.Client) error { return c.Shutdown(ctx, time.Second) },
@@ -731,6 +757,9 @@ func FuzzReplies(f *testing.F) {
 	f.Add([]byte(frame(22, `{"workspace_path":"/d","artifact_type":"file"}`) + frame(32, "x") + frame(33, "")))
 	f.Add([]byte(`{"workspace_path":"/d","artifact_type":"file","archive_size":2,"entry_count":1,"bytes_written":1}` + "\nab"))
 	f.Add([]byte(`{"protocol":1}`))
+	f.Add([]byte(frame(32, manifestFile("a")) + frame(33, "") + frame(20, `{"entry_count":1}`)))
+	f.Add([]byte(frame(32, listedFile("/workspace/a")) + frame(33, "") + frame(20, `{"entry_count":1}`)))
+	f.Add([]byte(frame(22, `{"path":"/workspace/f","size_bytes":2}`) + frame(32, "x") + frame(33, "") + frame(20, `{"size_bytes":2,"truncated":true}`)))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
