@@ -61,11 +61,16 @@ type imageSink struct {
 	image    *ext4image.Writer
 	manifest *manifest.Writer
 	times    hash.Hash
+	file     *os.File
+	// unflushed is how much was written since the last flush.
+	unflushed int64
 	// later keeps what does not come in the manifest's order.
 	later  []described
 	sorted bool
 	links  map[string]described // files that a hard link can mean
 }
+
+const flushEvery = 64 << 20
 
 type described struct {
 	manifest.Entry
@@ -84,7 +89,7 @@ func newImageSink(imageFile, manifestFile *os.File, disk, topTime int64, sorted 
 	if err != nil {
 		return nil, err
 	}
-	s := &imageSink{image: image, manifest: manifest.NewWriter(manifestFile), times: sha256.New(), sorted: sorted, links: map[string]described{}}
+	s := &imageSink{image: image, manifest: manifest.NewWriter(manifestFile), times: sha256.New(), sorted: sorted, file: imageFile, links: map[string]described{}}
 	s.time(topTime)
 	for _, dir := range []string{workspacedisk.LayerDir, topPath} {
 		err := image.Add(ext4image.Entry{Path: dir, Mode: ext4image.ModeDir | 0o755, ModTime: time.Unix(0, topTime)}, nil)
@@ -121,6 +126,10 @@ func (s *imageSink) put(it item, c *content) error {
 	} else {
 		err = s.image.Add(e, c)
 		d.SHA256 = c.hash()
+	}
+	if s.unflushed += d.Size; s.unflushed >= flushEvery {
+		s.unflushed = 0
+		flush(s.file)
 	}
 	if err == nil && c != nil && c.failed != nil {
 		return s.image.Remove(e.Path)

@@ -34,7 +34,7 @@ const (
 // loaded is an item with its content at hand, or the reason why it is not.
 type loaded struct {
 	item
-	data   []byte   // of a small file
+	data   []byte   // of a small file; goes back to w.buffers
 	file   *os.File // of a large one
 	sum    [32]byte // of data
 	reason string
@@ -90,11 +90,12 @@ func (c *content) hash() [32]byte {
 func (w *walker) load(to sink) (entries, written int64, err error) {
 	ctx, cancel := context.WithCancel(w.ctx)
 	ch := make(chan loaded, readAhead)
+	w.buffers = make(chan []byte, readAhead)
 	go w.read(ctx, ch)
 	defer func() {
 		cancel()
 		for l := range ch {
-			l.close()
+			w.recycle(l)
 		}
 	}()
 	p := w.meter("copying")
@@ -111,7 +112,7 @@ func (w *walker) load(to sink) (entries, written int64, err error) {
 			c = &content{ctx: ctx, r: bytes.NewReader(l.data), left: l.size, sum: l.sum, moved: p.moved}
 		}
 		err := to.put(l.item, c)
-		l.close()
+		w.recycle(l)
 		if c != nil && c.failed != nil && err == nil {
 			w.report.skip(l.path, readReason(c.failed))
 			continue
@@ -142,6 +143,28 @@ func readReason(err error) string {
 func (l *loaded) close() {
 	if l.file != nil {
 		_ = l.file.Close()
+	}
+}
+
+// buffer returns one of smallFile bytes. There are as many as are read ahead.
+func (w *walker) buffer() []byte {
+	select {
+	case b := <-w.buffers:
+		return b
+	default:
+		return make([]byte, smallFile)
+	}
+}
+
+// recycle gives up what a loaded item holds.
+func (w *walker) recycle(l loaded) {
+	l.close()
+	if cap(l.data) != smallFile {
+		return
+	}
+	select {
+	case w.buffers <- l.data[:smallFile]:
+	default:
 	}
 }
 
@@ -215,7 +238,7 @@ func (d *directories) tryLoad(l *loaded) error {
 		return nil
 	}
 	defer f.Close()
-	l.data = make([]byte, st.Size)
+	l.data = d.w.buffer()[:st.Size]
 	if _, err := io.ReadFull(f, l.data); err != nil {
 		return err
 	}

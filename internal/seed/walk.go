@@ -91,6 +91,7 @@ type walker struct {
 	bytes    int64
 	report   report
 	progress func(api.Progress)
+	buffers  chan []byte // for small files, used again
 	// origin of the top, where that is a checkout.
 	isGit  bool
 	commit string
