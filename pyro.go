@@ -50,8 +50,8 @@ type Client struct {
 }
 
 // Open makes the state and cache directories if they are not there, clears up
-// what killed processes left behind, and returns a Client. It needs no Close: nothing runs on behalf of a Client but during
-// its calls.
+// what killed processes left behind, and returns a Client. Nothing runs on
+// behalf of a Client but during its calls and the machines of workspaces.
 func Open(ctx context.Context, o *Options) (*Client, error) {
 	if o == nil {
 		o = &Options{}
@@ -64,6 +64,10 @@ func Open(ctx context.Context, o *Options) (*Client, error) {
 	}
 	return &Client{m}, nil
 }
+
+// Close gives back what the Client has opened. Workspaces run on. The Client's
+// methods must have returned.
+func (c *Client) Close() error { return c.m.Close() }
 
 // Run runs one command in a fresh guest and removes the guest again, whatever
 // happens. A command that exits non-zero or times out is a result, not an

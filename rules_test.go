@@ -128,7 +128,7 @@ func TestImportsPointDown(t *testing.T) {
 // The faces may use the SDK and api. cli also starts supervisors, in one file.
 func TestFacesUseTheSDKOnly(t *testing.T) {
 	allowed := []string{module, module + "/api", module + "/internal/boundedlog",
-		module + "/internal/engine/all", module + "/internal/supervisor"}
+		module + "/internal/engine/all", module + "/internal/supervisor", module + "/internal/workspace"}
 	for _, p := range listPackages(t) {
 		if p.ImportPath != module+"/internal/cli" {
 			continue

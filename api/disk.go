@@ -1,6 +1,9 @@
 package api
 
-import "encoding/base64"
+import (
+	"encoding/base64"
+	"strings"
+)
 
 // DiskEntry is one file, directory or symlink on a disk that was looked at
 // without starting it. Special files (devices, pipes, sockets) have none.
@@ -15,6 +18,28 @@ type DiskEntry struct {
 	PathBase64       string  `json:"path_base64,omitempty"`
 	// SizeBytes is 0 for a directory and the target's length for a symlink.
 	SizeBytes int64 `json:"size_bytes"`
+}
+
+// NewDiskEntry makes an entry of a path and a link target of any bytes. The
+// target counts for symlinks only.
+func NewDiskEntry(path, artifactType string, size int64, target string) DiskEntry {
+	e := DiskEntry{ArtifactType: artifactType, SizeBytes: size}
+	e.Path, e.PathBase64 = asText(path)
+	if artifactType == ArtifactSymlink {
+		var text string
+		text, e.LinkTargetBase64 = asText(target)
+		e.LinkTarget = &text
+	}
+	return e
+}
+
+// asText returns bytes as text, and in base64 if that lost something.
+func asText(s string) (text, encoded string) {
+	text = strings.ToValidUTF8(s, "\uFFFD")
+	if text != s {
+		encoded = base64.StdEncoding.EncodeToString([]byte(s))
+	}
+	return text, encoded
 }
 
 // RawPath is the entry's path byte for byte, as other disk calls take it.

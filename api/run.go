@@ -58,10 +58,13 @@ type ExecResult struct {
 	Isolation     Isolation `json:"isolation"`
 	// OOMKilled says that the guest ran out of memory and its kernel killed
 	// something of this command.
-	OOMKilled       bool   `json:"oom_killed"`
+	OOMKilled bool `json:"oom_killed"`
+	// Sequence is the command's number in the workspace's journal.
+	Sequence        int64  `json:"sequence,omitempty"`
 	Stderr          string `json:"stderr"`
 	StderrTruncated bool   `json:"stderr_truncated"`
 	Stdout          string `json:"stdout"`
 	StdoutTruncated bool   `json:"stdout_truncated"`
 	TimedOut        bool   `json:"timed_out"`
+	WorkspaceID     string `json:"workspace_id,omitempty"`
 }

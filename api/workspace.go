@@ -155,6 +155,9 @@ type ExecRequest struct {
 	TTY *TerminalSize
 	// Resize passes changes of the caller's terminal on; may be nil.
 	Resize <-chan TerminalSize
+	// Started, which may be nil, hears the command's number in the journal
+	// before it runs.
+	Started func(sequence int64)
 }
 
 // TerminalSize is in characters.
@@ -163,6 +166,16 @@ type TerminalSize struct {
 	Rows uint16 `json:"rows"`
 }
 
+// The states of a command in the journal.
+const (
+	CommandRunning  = "running"
+	CommandExited   = "exited"
+	CommandTimedOut = "timed_out"
+	// CommandInterrupted is a command whose end nobody saw: its pyro was
+	// killed, its caller gave up, or its machine ended.
+	CommandInterrupted = "interrupted"
+)
+
 // CommandRecord is one line of a workspace's journal. The output is there as
 // far as it is kept.
 type CommandRecord struct {
@@ -170,7 +183,7 @@ type CommandRecord struct {
 	Sequence    int64      `json:"sequence"`
 	Command     string     `json:"command"`
 	Cwd         string     `json:"cwd"`
-	State       string     `json:"state"` // running, exited, timed_out, interrupted
+	State       string     `json:"state"` // one of the Command constants
 	StartedAt   time.Time  `json:"started_at"`
 	EndedAt     *time.Time `json:"ended_at"`
 	ExitCode    *int       `json:"exit_code"`
@@ -194,12 +207,38 @@ type Event struct {
 	Detail   map[string]any `json:"detail"`
 }
 
+// LogsQuery chooses entries of a workspace's journal.
+type LogsQuery struct {
+	// Sequence, if not zero, is the one entry wanted.
+	Sequence int64
+	// Tail, if not zero, is how many of the last entries are wanted.
+	Tail int64
+}
+
 // WorkspaceLogs is a workspace's journal, oldest first.
 type WorkspaceLogs struct {
 	WorkspaceID string          `json:"workspace_id"`
 	Count       int64           `json:"count"`
 	Entries     []CommandRecord `json:"entries"`
 }
+
+// DiffRequest asks for what differs.
+type DiffRequest struct {
+	// From names a snapshot to compare with; "" is the seed.
+	From string
+	// Patch takes the patch as it is made; where it is nil the result carries
+	// it, up to MaxDiffPatch bytes.
+	Patch io.Writer
+	// NoPatch leaves the patch out altogether.
+	NoPatch bool
+	// Stat, which may be nil, takes a table of the changed lines of each file,
+	// for people, as wide as StatWidth columns (80 if zero).
+	Stat      io.Writer
+	StatWidth int
+}
+
+// MaxDiffPatch bounds the bytes of the patch that a Diff carries itself.
+const MaxDiffPatch = 32 << 20
 
 // The statuses of a changed path.
 const (
@@ -238,11 +277,21 @@ type Diff struct {
 	Changed     bool        `json:"changed"`
 	Summary     DiffSummary `json:"summary"`
 	Entries     []DiffEntry `json:"entries"`
-	// Patch is for git apply: applied to the base it gives the workspace.
+	// Patch is for git apply: applied to the base it gives the workspace. It is
+	// empty where the request took it. It is always UTF-8: text in other
+	// encodings is in it as binary.
 	Patch string `json:"patch"`
 	// Unpatched are changes that no patch can carry, such as an empty
 	// directory.
 	Unpatched []SkippedEntry `json:"unpatched"`
+}
+
+// SyncRequest asks to copy files of this host into a workspace.
+type SyncRequest struct {
+	SourcePath     string // a directory or a tar archive
+	IncludeIgnored bool
+	Destination    string // default /workspace
+	Progress       func(Progress)
 }
 
 // SyncResult is what a sync push did.
@@ -256,19 +305,11 @@ type SyncResult struct {
 	SkippedCount int64          `json:"skipped_count"`
 }
 
-// FileEntry is one file, directory or symlink of a workspace.
-type FileEntry struct {
-	Path         string  `json:"path"`
-	ArtifactType string  `json:"artifact_type"`
-	SizeBytes    int64   `json:"size_bytes"`
-	LinkTarget   *string `json:"link_target"`
-}
-
 // FileList is what lies at a path of a workspace.
 type FileList struct {
 	WorkspaceID string      `json:"workspace_id"`
 	Path        string      `json:"path"`
-	Entries     []FileEntry `json:"entries"`
+	Entries     []DiskEntry `json:"entries"`
 	// Truncated says that there are more entries than a listing may hold.
 	Truncated bool `json:"truncated"`
 }
@@ -280,11 +321,11 @@ type FileRead struct {
 	SizeBytes   int64  `json:"size_bytes"`
 	Offset      int64  `json:"offset"`
 	MaxBytes    int64  `json:"max_bytes"`
-	// Content is the text; for bytes that are not UTF-8 it is nil and
+	// Content is the text; for bytes that are not UTF-8 it is empty and
 	// ContentBase64 is set.
-	Content       *string `json:"content"`
-	ContentBase64 *string `json:"content_base64,omitempty"`
-	Truncated     bool    `json:"truncated"`
+	Content       string `json:"content"`
+	ContentBase64 string `json:"content_base64,omitempty"`
+	Truncated     bool   `json:"truncated"`
 }
 
 // FileWrite is what a file write did.
@@ -317,6 +358,12 @@ type PatchedFile struct {
 	Path   string  `json:"path"`
 	From   *string `json:"from,omitempty"` // of a rename or copy
 	Status string  `json:"status"`         // added, modified, deleted, renamed
+}
+
+// ExportRequest asks to copy a file or directory out of a workspace.
+type ExportRequest struct {
+	Path       string // default /workspace
+	OutputPath string // on this host; nothing may be there
 }
 
 // ExportResult is what an export wrote.

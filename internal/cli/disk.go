@@ -3,7 +3,6 @@ package cli
 import (
 	"bufio"
 	"context"
-	"encoding/base64"
 	"fmt"
 	"strconv"
 
@@ -181,31 +180,12 @@ func runDiskRead(ctx context.Context, a *app, o *diskOptions) error {
 	if a.json {
 		return a.printJSON(r)
 	}
-	return a.printDiskRead(r)
+	return a.printContent(r.Content, r.ContentBase64, false, diskReadRecord(r))
 }
 
-// printDiskRead prints a file's content on stdout and a record on stderr. On a
-// terminal, control characters of the guest's are made visible.
-func (a *app) printDiskRead(r *api.DiskRead) error {
-	content := []byte(r.Content)
-	if r.ContentBase64 != "" {
-		var err error
-		if content, err = base64.StdEncoding.DecodeString(r.ContentBase64); err != nil {
-			return err
-		}
-	}
-	out := a.Out
-	if isTerminal(a.Out) {
-		out = &terminalFilter{to: a.Out}
-	}
-	if _, err := out.Write(content); err != nil {
-		return err
-	}
-	if n := len(content); n > 0 && content[n-1] != '\n' && isTerminal(a.Out) {
-		fmt.Fprintln(a.Out)
-	}
-	fmt.Fprintf(a.Err, "[disk-read] path=%s size_bytes=%d truncated=%t\n", boundedlog.Printable(r.Path), r.SizeBytes, r.Truncated)
-	return nil
+// diskReadRecord is the line on stderr behind a file's content.
+func diskReadRecord(r *api.DiskRead) string {
+	return fmt.Sprintf("[disk-read] path=%s size_bytes=%d truncated=%t", boundedlog.Printable(r.Path), r.SizeBytes, r.Truncated)
 }
 
 func runDiskExport(ctx context.Context, a *app, o *diskOptions) error {
@@ -218,10 +198,14 @@ func runDiskExport(ctx context.Context, a *app, o *diskOptions) error {
 	if err != nil {
 		return err
 	}
+	return a.printDiskExport(res)
+}
+
+func (a *app) printDiskExport(res *api.DiskExport) error {
 	if a.json {
 		return a.printJSON(res)
 	}
-	_, err = fmt.Fprintf(a.Out, "wrote %s (%s, %s)\n", res.OutputPath, res.DiskFormat, humanize.IBytes(uint64(res.BytesWritten)))
+	_, err := fmt.Fprintf(a.Out, "wrote %s (%s, %s)\n", res.OutputPath, res.DiskFormat, humanize.IBytes(uint64(res.BytesWritten)))
 	return err
 }
 

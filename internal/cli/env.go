@@ -151,6 +151,10 @@ func runEnvPrune(ctx context.Context, a *app, all bool) error {
 	if err != nil {
 		return err
 	}
+	return a.printPruned(res)
+}
+
+func (a *app) printPruned(res api.PruneResult) error {
 	if a.json {
 		if res.Removed == nil {
 			res.Removed = []string{}
@@ -160,8 +164,8 @@ func runEnvPrune(ctx context.Context, a *app, all bool) error {
 	for _, name := range res.Removed {
 		fmt.Fprintf(a.Out, "removed %s\n", name)
 	}
-	fmt.Fprintf(a.Out, "%s freed\n", humanize.IBytes(uint64(res.FreedBytes)))
-	return nil
+	_, err := fmt.Fprintf(a.Out, "%s freed\n", humanize.IBytes(uint64(res.FreedBytes)))
+	return err
 }
 
 // completeEnvironment offers the environments' names for a first argument.

@@ -8,11 +8,13 @@ func newRoot(a *app) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "pyro",
 		Short: "Disposable isolated Linux workspaces for coding agents",
-		Long: `pyro runs commands in disposable, isolated Linux guests that cannot touch the
-host: virtual machines with their own kernel, with or without KVM.
+		Long: `pyro gives coding agents, and the people who run them, disposable isolated Linux
+workspaces: hand over a copy of a project, let the agent work in a guest that
+cannot touch this host, and take back exactly the changes you approve.
 
-Start with:  pyro run debian:12 -- git --version
-If it does not work:  pyro doctor`,
+Start with:            pyro run debian:12 -- git --version
+Work on a project:     pyro workspace create debian:12 --seed-path . --name fix
+If it does not work:   pyro doctor`,
 		Version:       Version,
 		Args:          args(cobra.NoArgs),
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
@@ -28,11 +30,13 @@ If it does not work:  pyro doctor`,
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(
 		newRunCmd(a),
+		newWorkspaceCmd(a),
 		newEnvCmd(a),
 		newDoctorCmd(a),
 		newDiskCmd(a),
 		newManCmd(a),
 		newSuperviseCmd(a),
+		newDetachedCmd(a),
 	)
 	return root
 }

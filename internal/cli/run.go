@@ -89,8 +89,8 @@ func runArgs(cmd *cobra.Command, given []string) error {
 // complete checks the flags and turns them into the request.
 func (o *runOptions) complete(cmd *cobra.Command) error {
 	for flag, n := range map[string]int{"vcpu-count": o.req.VCPUCount, "mem-mib": o.req.MemMiB, "disk-mib": o.req.DiskMiB} {
-		if n < 1 && cmd.Flags().Changed(flag) {
-			return api.WithHint(api.Errorf(api.ErrInvalid, "--%s is %d", flag, n), "give it a positive number")
+		if err := positive(cmd, flag, n); err != nil {
+			return err
 		}
 	}
 	var err error
@@ -166,14 +166,19 @@ func runRun(ctx context.Context, a *app, o *runOptions) error {
 	return nil
 }
 
-// afterCommand says on stderr how a command went.
-func (a *app) afterCommand(res *api.ExecResult, limit time.Duration) {
+// tellTrouble says on stderr what the exit status alone does not.
+func (a *app) tellTrouble(res *api.ExecResult, limit time.Duration) {
 	if res.TimedOut {
 		fmt.Fprintf(a.Err, "pyro: the command ran longer than %s and was ended\nhint: raise --timeout-seconds\n", limit)
 	}
 	if res.OOMKilled {
 		fmt.Fprintf(a.Err, "pyro: the guest ran out of memory and the command was killed\nhint: raise --mem-mib\n")
 	}
+}
+
+// afterCommand says on stderr how a command of run went.
+func (a *app) afterCommand(res *api.ExecResult, limit time.Duration) {
+	a.tellTrouble(res, limit)
 	if a.quiet {
 		return
 	}
@@ -181,11 +186,7 @@ func (a *app) afterCommand(res *api.ExecResult, limit time.Duration) {
 		res.Environment, res.Engine, res.Isolation, res.ExitCode, res.DurationMS)
 }
 
-// guestOutput returns where a guest's output goes: straight through, or, on a
-// terminal, past a filter, because the guest must not drive it.
+// guestOutput returns where a guest's output goes while progress is shown.
 func (a *app) guestOutput(to io.Writer, raw bool, progress *progress) io.Writer {
-	if !raw && isTerminal(to) {
-		to = &terminalFilter{to: to}
-	}
-	return progress.before(to)
+	return progress.before(a.filtered(to, raw))
 }

@@ -1,11 +1,28 @@
 package cli
 
 import (
+	"context"
+	"os"
+
 	"github.com/spf13/cobra"
 
+	"github.com/pyro-mcp/pyro"
 	"github.com/pyro-mcp/pyro/internal/engine/all"
 	"github.com/pyro-mcp/pyro/internal/supervisor"
+	"github.com/pyro-mcp/pyro/internal/workspace"
 )
+
+// newDetachedCmd is the process behind one command that outlives its caller.
+func newDetachedCmd(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: workspace.DetachedCommand, Hidden: true,
+		Short: "Stay with one detached command; started by pyro itself",
+		Args:  args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return workspace.MainDetached(cmd.Context(), a.In, os.Stdout)
+		},
+	}
+}
 
 // newSuperviseCmd is the one command that is no face: the process behind one
 // machine.
@@ -15,8 +32,19 @@ func newSuperviseCmd(a *app) *cobra.Command {
 		Short: "Run the supervisor of one machine; started by pyro itself",
 		Args:  args(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
-			a.status = supervisor.Main(all.Engines)
-			return nil
+			status, expiredIn := supervisor.Main(all.Engines)
+			a.status = status
+			if expiredIn == "" {
+				return nil
+			}
+			// A workspace deletes itself when its time is over.
+			ctx := context.Background()
+			client, err := pyro.Open(ctx, &pyro.Options{StateDir: expiredIn, Logger: a.logger()})
+			if err != nil {
+				return err
+			}
+			defer client.Close()
+			return client.Expire(ctx)
 		},
 	}
 }

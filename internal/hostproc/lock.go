@@ -1,9 +1,11 @@
 package hostproc
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -33,6 +35,25 @@ func TryLock(path string) (*Lock, error) {
 		return nil, fmt.Errorf("locking %s: %w", path, api.ErrBusy)
 	}
 	return nil, fmt.Errorf("locking %s: %w", path, err)
+}
+
+// LockWithin is [TryLock] that goes on trying for patience: for locks that are
+// held for moments only, such as by somebody who looks whether they are free.
+func LockWithin(ctx context.Context, path string, patience time.Duration) (*Lock, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
+		l, err := TryLock(path)
+		if err == nil || !errors.Is(err, api.ErrBusy) {
+			return l, err
+		}
+		// flock can wait, but only with a thread and deaf to a context.
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, err
+		}
+	}
 }
 
 // File returns the locked file, for a child to inherit. It stays the Lock's.

@@ -66,6 +66,21 @@ func Compare(base, current iter.Seq2[Entry, error]) ([]Change, error) {
 	}
 }
 
+// With returns the change with another entry in the place of New, nil for none:
+// of a tree that goes on changing, what was there when it was read. It reports
+// false if that is no change at all.
+func (c Change) With(now *Entry) (Change, bool) {
+	if now != nil && (c.New == nil || c.New.Type != now.Type) {
+		c.NewEmpty = now.Type == Directory
+	}
+	c.New = now
+	if c.Old == nil && c.New == nil {
+		return c, false
+	}
+	c.Status = status(c)
+	return c, c.Status != ""
+}
+
 // status returns "" for what is no change.
 func status(c Change) string {
 	switch {

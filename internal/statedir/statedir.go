@@ -114,6 +114,9 @@ type Machine string
 // ID is the machine's id.
 func (m Machine) ID() string { return filepath.Base(string(m)) }
 
+// StateDir is the state directory that the machine is in.
+func (m Machine) StateDir() string { return filepath.Dir(filepath.Dir(string(m))) }
+
 // Path returns the directory itself.
 func (m Machine) Path() string { return string(m) }
 

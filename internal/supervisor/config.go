@@ -36,10 +36,26 @@ type Config struct {
 	NoteFile string `json:"note_file"`
 	// TTL ends the machine; 0 means never.
 	TTL time.Duration `json:"ttl"`
-	// Leased ends the machine when the caller's end of the lease pipe closes.
+	// Leased ends the machine when the caller's end of the lease pipe closes,
+	// unless the caller has called Keep by then.
 	Leased bool `json:"leased"`
-	// Ephemeral removes the machine's directory at the end.
+	// Ephemeral removes the machine's directory at the end. The directory of
+	// other machines stays, with their logs and how they ended.
 	Ephemeral bool `json:"ephemeral"`
+}
+
+// Ending is how a machine that is not ephemeral ended, as its supervisor wrote
+// it down last.
+type Ending struct {
+	At time.Time `json:"at"`
+	// Reason is for people.
+	Reason string `json:"reason"`
+	// Requested is true if somebody asked for the end; Expired if the time to
+	// live was over.
+	Requested bool `json:"requested"`
+	Expired   bool `json:"expired"`
+	// Console are the last lines of a guest that ended by itself.
+	Console []string `json:"console,omitempty"`
 }
 
 // result is the one line on the result pipe.

@@ -1,9 +1,11 @@
 package supervisor
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -21,10 +23,30 @@ const guestPort = guestproto.Port
 
 // The control API. curl --unix-socket control.sock http://pyro/v1/status works.
 const (
-	pathStatus  = "/v1/status"
-	pathConsole = "/v1/console"
-	pathStop    = "/v1/stop"
+	pathStatus   = "/v1/status"
+	pathConsole  = "/v1/console"
+	pathStop     = "/v1/stop"
+	pathKeep     = "/v1/keep"
+	pathExpiry   = "/v1/expiry"
+	pathSnapshot = "/v1/snapshot"
+	pathDisk     = "/v1/disk"
 )
+
+// expiryRequest is the body of a POST to pathExpiry.
+type expiryRequest struct {
+	TTL time.Duration `json:"ttl"` // from now; 0 for never
+}
+
+// snapshotRequest is the body of a POST to pathSnapshot.
+type snapshotRequest struct {
+	Spare string `json:"spare"`
+}
+
+// snapshotReply answers it.
+type snapshotReply struct {
+	Frozen string         `json:"frozen"`
+	Error  *api.WireError `json:"error,omitempty"`
+}
 
 func (s *supervisor) handler() http.Handler {
 	mux := http.NewServeMux()
@@ -41,6 +63,37 @@ func (s *supervisor) handler() http.Handler {
 		s.cancel(errStopped)
 		writeJSON(w, http.StatusAccepted, struct{}{})
 	})
+	mux.HandleFunc("POST "+pathKeep, func(w http.ResponseWriter, _ *http.Request) {
+		s.mu.Lock()
+		s.kept = true
+		ended := s.status.Exited
+		s.mu.Unlock()
+		if ended != "" {
+			s.cancel(endedError(ended))
+		}
+		writeJSON(w, http.StatusOK, struct{}{})
+	})
+	mux.HandleFunc("POST "+pathExpiry, func(w http.ResponseWriter, r *http.Request) {
+		var req expiryRequest
+		if !readJSON(w, r, &req) {
+			return
+		}
+		s.setExpiry(req.TTL)
+		writeJSON(w, http.StatusOK, struct{}{})
+	})
+	mux.HandleFunc("POST "+pathSnapshot, func(w http.ResponseWriter, r *http.Request) {
+		var req snapshotRequest
+		if !readJSON(w, r, &req) {
+			return
+		}
+		frozen, err := s.snapshot(r.Context(), req.Spare)
+		writeJSON(w, http.StatusOK, snapshotReply{Frozen: frozen, Error: api.ToWire(err)})
+	})
+	mux.HandleFunc("GET "+pathDisk, func(w http.ResponseWriter, _ *http.Request) {
+		s.snapshotMu.Lock()
+		defer s.snapshotMu.Unlock()
+		writeJSON(w, http.StatusOK, s.disk)
+	})
 	return mux
 }
 
@@ -48,6 +101,14 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	_ = json.NewEncoder(w).Encode(v)
+}
+
+func readJSON(w http.ResponseWriter, r *http.Request, v any) bool {
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 64<<10)).Decode(v); err != nil {
+		writeJSON(w, http.StatusBadRequest, api.ToWire(api.Errorf(api.ErrInvalid, "reading the request: %v", err)))
+		return false
+	}
+	return true
 }
 
 // inherited returns the listening socket with that descriptor. Only the user
@@ -102,7 +163,6 @@ type Client struct {
 // NewClient returns a client for the machine in dir.
 func NewClient(dir statedir.Machine) *Client {
 	return &Client{dir: dir, http: &http.Client{
-		Timeout: 10 * time.Second,
 		Transport: &http.Transport{
 			Proxy:                  nil, // never through somebody's HTTP_PROXY
 			DisableKeepAlives:      true,
@@ -119,7 +179,7 @@ func NewClient(dir statedir.Machine) *Client {
 // Status asks what the machine is.
 func (c *Client) Status(ctx context.Context) (*Status, error) {
 	s := new(Status)
-	if err := c.call(ctx, http.MethodGet, pathStatus, s); err != nil {
+	if err := c.call(ctx, http.MethodGet, pathStatus, nil, s); err != nil {
 		return nil, err
 	}
 	return s, nil
@@ -128,7 +188,7 @@ func (c *Client) Status(ctx context.Context) (*Status, error) {
 // Console returns the guest console's last lines.
 func (c *Client) Console(ctx context.Context) ([]string, error) {
 	var lines []string
-	err := c.call(ctx, http.MethodGet, pathConsole, &lines)
+	err := c.call(ctx, http.MethodGet, pathConsole, nil, &lines)
 	return lines, err
 }
 
@@ -158,7 +218,29 @@ func (c *Client) Postmortem(ctx context.Context) (reason string, console []strin
 // Stop asks the supervisor to end its machine and itself. It returns when that
 // has begun.
 func (c *Client) Stop(ctx context.Context) error {
-	return c.call(ctx, http.MethodPost, pathStop, nil)
+	return c.call(ctx, http.MethodPost, pathStop, nil, nil)
+}
+
+// Keep lets go of a leased machine: from now on it outlives its caller. It ends
+// at once if its guest has ended already.
+func (c *Client) Keep(ctx context.Context) error {
+	return c.call(ctx, http.MethodPost, pathKeep, nil, nil)
+}
+
+// SetExpiry lets the machine end after ttl from now; 0 means never.
+func (c *Client) SetExpiry(ctx context.Context, ttl time.Duration) error {
+	return c.call(ctx, http.MethodPost, pathExpiry, expiryRequest{TTL: ttl}, nil)
+}
+
+// SnapshotDisk lets the guest flush its files and freezes the machine's disk,
+// by the contract of engine.DiskSnapshotter. An engine that cannot is
+// api.ErrUnsupported. It takes as long as ctx allows.
+func (c *Client) SnapshotDisk(ctx context.Context, spare string) (frozen string, err error) {
+	var reply snapshotReply
+	if err := c.call(ctx, http.MethodPost, pathSnapshot, snapshotRequest{Spare: spare}, &reply); err != nil {
+		return "", err
+	}
+	return reply.Frozen, reply.Error.Err()
 }
 
 // DialGuest opens a connection to the guest agent.
@@ -166,8 +248,33 @@ func (c *Client) DialGuest(ctx context.Context) (net.Conn, error) {
 	return guestconn.DialHybrid(ctx, c.dir.GuestSocket(), guestPort)
 }
 
-func (c *Client) call(ctx context.Context, method, path string, out any) error {
-	req, err := http.NewRequestWithContext(ctx, method, "http://pyro"+path, nil)
+// Disk returns the path of the layer that the machine writes to. It waits for a
+// snapshot that is just being taken.
+func (c *Client) Disk(ctx context.Context) (string, error) {
+	var disk string
+	err := c.call(ctx, http.MethodGet, pathDisk, nil, &disk)
+	return disk, err
+}
+
+// callTimeout bounds the questions that a supervisor answers at once. Those that
+// a snapshot is part of take as long as their caller allows.
+const callTimeout = 10 * time.Second
+
+func (c *Client) call(ctx context.Context, method, path string, in, out any) error {
+	if path != pathSnapshot && path != pathDisk {
+		limited, cancel := context.WithTimeout(ctx, callTimeout)
+		defer cancel()
+		ctx = limited
+	}
+	var body io.Reader
+	if in != nil {
+		b, err := json.Marshal(in)
+		if err != nil {
+			return err
+		}
+		body = bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://pyro"+path, body)
 	if err != nil {
 		return err
 	}
@@ -182,8 +289,7 @@ func (c *Client) call(ctx context.Context, method, path string, out any) error {
 	if out == nil {
 		return nil
 	}
-	body := http.MaxBytesReader(nil, resp.Body, 1<<20)
-	if err := json.NewDecoder(body).Decode(out); err != nil {
+	if err := json.NewDecoder(http.MaxBytesReader(nil, resp.Body, 1<<20)).Decode(out); err != nil {
 		return fmt.Errorf("reading the answer of the supervisor of machine %s: %w", c.dir.ID(), err)
 	}
 	return nil

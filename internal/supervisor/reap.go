@@ -81,6 +81,35 @@ func seizable(dir statedir.Machine) error {
 // removeMachine ends the processes on record that still run and removes the
 // directory. The caller holds the lock or has made the directory.
 func removeMachine(ctx context.Context, dir statedir.Machine) error {
+	if err := killRecorded(ctx, dir); err != nil {
+		return err
+	}
+	if err := gvisor.RemoveDir(ctx, dir.Path()); err != nil {
+		return fmt.Errorf("removing %s: %w", filepath.Base(dir.Path()), err)
+	}
+	return nil
+}
+
+// clearMachine ends the processes on record that still run and removes what
+// only a running machine needs. Logs, the record and how the machine ended
+// stay. The caller holds the lock.
+func clearMachine(ctx context.Context, dir statedir.Machine) error {
+	if err := killRecorded(ctx, dir); err != nil {
+		return err
+	}
+	if err := gvisor.RemoveDir(ctx, dir.EngineDir()); err != nil {
+		return fmt.Errorf("removing what a machine's last run left: %w", err)
+	}
+	for _, sock := range []string{dir.ControlSocket(), dir.GuestSocket()} {
+		if err := os.Remove(sock); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// killRecorded ends the machine's processes, the supervisor first.
+func killRecorded(ctx context.Context, dir statedir.Machine) error {
 	var rec record
 	if err := statedir.ReadJSON(dir.RecordFile(), &rec); err == nil {
 		ids := rec.Processes
@@ -97,14 +126,78 @@ func removeMachine(ctx context.Context, dir statedir.Machine) error {
 		}
 	}
 	if rec.Engine == engine.HostName {
-		if err := hostproc.KillMarked(ctx, host.Marker(dir.ID())); err != nil {
-			return err
-		}
-	}
-	if err := gvisor.RemoveDir(ctx, dir.Path()); err != nil {
-		return fmt.Errorf("removing %s: %w", filepath.Base(dir.Path()), err)
+		return hostproc.KillMarked(ctx, host.Marker(dir.ID()))
 	}
 	return nil
+}
+
+// Ephemeral reports whether the machine in dir is one whose directory goes with
+// it, and so Reap's to clear up, or is only just being made.
+func Ephemeral(dir statedir.Machine) bool {
+	var rec record
+	return statedir.ReadJSON(dir.RecordFile(), &rec) != nil || rec.Ephemeral
+}
+
+// Alive reports whether the supervisor of the machine in dir runs. It only
+// looks: a machine that is just being started is not alive yet.
+func Alive(dir statedir.Machine) bool {
+	var rec record
+	return statedir.ReadJSON(dir.RecordFile(), &rec) == nil && rec.Supervisor != nil && rec.Supervisor.Alive()
+}
+
+// ReadEnding returns how the machine's last run ended; api.ErrNotFound if its
+// supervisor could not write that down.
+func ReadEnding(dir statedir.Machine) (*Ending, error) {
+	e := new(Ending)
+	err := statedir.ReadJSON(dir.EndingFile(), e)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, api.Errorf(api.ErrNotFound, "nobody wrote down how machine %s ended", dir.ID())
+	}
+	if err != nil {
+		return nil, err
+	}
+	return e, nil
+}
+
+// WaitGone returns when no supervisor holds the machine any more, and so
+// nothing of it runs.
+func WaitGone(ctx context.Context, dir statedir.Machine) error {
+	patience := time.Hour
+	if deadline, ok := ctx.Deadline(); ok {
+		patience = time.Until(deadline)
+	}
+	lock, err := hostproc.LockWithin(ctx, dir.LockFile(), patience)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	lock.Close()
+	return err
+}
+
+// Kill ends whatever runs of the machine in dir, by force, and clears up. It is
+// for a supervisor that does not answer or is gone.
+func Kill(ctx context.Context, dir statedir.Machine) error {
+	if _, err := os.Lstat(dir.Path()); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err := killRecorded(ctx, dir); err != nil {
+		return err
+	}
+	if err := WaitGone(ctx, dir); err != nil {
+		return err
+	}
+	return clearMachine(ctx, dir)
+}
+
+// Remove is Kill, and removes the directory.
+func Remove(ctx context.Context, dir statedir.Machine) error {
+	if _, err := os.Lstat(dir.Path()); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err := Kill(ctx, dir); err != nil {
+		return err
+	}
+	return removeMachine(ctx, dir)
 }
 
 // abandonedAfter is how old a directory without a lock file must be to count as

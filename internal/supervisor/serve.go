@@ -60,15 +60,22 @@ type supervisor struct {
 	// cancel ends the machine, and this process with it, for a reason.
 	cancel context.CancelCauseFunc
 
+	snapshotMu sync.Mutex // one snapshot at a time; guards disk
+	disk       string     // the layer that the machine writes to
+
 	mu      sync.Mutex // guards the following
 	machine engine.Machine
 	status  Status
 	expired bool
+	kept    bool        // the lease has been let go
+	expiry  *time.Timer // nil without a time to live
 }
 
 // Main runs the supervisor in this process, which has been started by [Spawn].
-// engines makes the engines of this host. It returns the exit status.
-func Main(engines func(noteFile string, log *slog.Logger) []engine.Engine) int {
+// engines makes the engines of this host. It returns the exit status and, if
+// the machine ended because its time to live was over, the state directory in
+// which it is for others to draw the consequences.
+func Main(engines func(noteFile string, log *slog.Logger) []engine.Engine) (status int, expiredIn string) {
 	// Many of these run: keep little garbage, and give freed memory back.
 	debug.SetGCPercent(50)
 	debug.SetMemoryLimit(48 << 20)
@@ -78,14 +85,20 @@ func Main(engines func(noteFile string, log *slog.Logger) []engine.Engine) int {
 		// On stderr too, for a person who tried the command by hand.
 		fmt.Fprintf(os.Stderr, "pyro: %v\nhint: %s\n", err, api.Hint(err))
 		report(resultPipe, result{Error: api.ToWire(err)})
-		return 1
+		return 1, ""
 	}
 	s, err := newSupervisor(cfg)
 	if err != nil {
 		report(resultPipe, result{Error: api.ToWire(err)})
-		return 1
+		return 1, ""
 	}
-	return s.run(resultPipe, engines(cfg.NoteFile, s.log))
+	status = s.run(resultPipe, engines(cfg.NoteFile, s.log))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.expired && !s.cfg.Ephemeral {
+		expiredIn = s.dir.StateDir()
+	}
+	return status, expiredIn
 }
 
 func readConfig() (Config, error) {
@@ -130,13 +143,18 @@ func newSupervisor(cfg Config) (*supervisor, error) {
 		return nil, err
 	}
 	return &supervisor{
-		cfg: cfg, dir: dir, console: console, bootLimit: bootTimeout,
+		cfg: cfg, dir: dir, console: console, bootLimit: bootTimeout, disk: cfg.Spec.Disk,
 		log: slog.New(slog.NewTextHandler(logFile, nil)).With("machine", dir.ID()),
 	}, nil
 }
 
 // ReasonExpired is the reason in Status.Exited of a machine whose time was over.
 const ReasonExpired = "its time to live is over"
+
+// endedError is the cause of the end of a machine that ended by itself.
+type endedError string
+
+func (e endedError) Error() string { return "the machine ended: " + string(e) }
 
 // The reasons for the end of a machine, as causes of the context.
 var (
@@ -161,10 +179,8 @@ func (s *supervisor) run(resultPipe *os.File, engines []engine.Engine) int {
 	if s.cfg.Leased {
 		go s.watchLease()
 	}
-	if s.cfg.TTL > 0 {
-		expiry := time.AfterFunc(s.cfg.TTL, s.expire)
-		defer expiry.Stop()
-	}
+	s.setExpiry(s.cfg.TTL)
+	defer s.setExpiry(0)
 	err := s.start(ctx, engines)
 	if err == nil {
 		s.mu.Lock()
@@ -184,11 +200,36 @@ func (s *supervisor) run(resultPipe *os.File, engines []engine.Engine) int {
 }
 
 // watchLease ends the machine when the caller's end of the pipe is closed,
-// which the kernel does for a caller that was killed.
+// which the kernel does for a caller that was killed, unless the machine has
+// been told to stay.
 func (s *supervisor) watchLease() {
 	f := os.NewFile(fdLease, "lease")
 	_, _ = io.Copy(io.Discard, f)
-	s.cancel(errLease)
+	if s.leased() {
+		s.cancel(errLease)
+	}
+}
+
+// leased says whether the machine lives only as long as its caller.
+func (s *supervisor) leased() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cfg.Leased && !s.kept
+}
+
+// setExpiry lets the machine end after ttl from now; 0 means never.
+func (s *supervisor) setExpiry(ttl time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.expiry != nil {
+		s.expiry.Stop()
+	}
+	s.expiry, s.status.ExpiresAt = nil, nil
+	if ttl > 0 {
+		at := time.Now().Add(ttl).UTC()
+		s.status.ExpiresAt = &at
+		s.expiry = time.AfterFunc(ttl, s.expire)
+	}
 }
 
 // start brings the machine up to its agent's first answer.
@@ -247,13 +288,10 @@ func (s *supervisor) boot(ctx context.Context, eng engine.Engine, notes []string
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.status = Status{
-		ID: s.dir.ID(), Engine: eng.Name(), Isolation: caps.Isolation, TimeScale: max(1, caps.TimeScale),
+		ExpiresAt: s.status.ExpiresAt,
+		ID:        s.dir.ID(), Engine: eng.Name(), Isolation: caps.Isolation, TimeScale: max(1, caps.TimeScale),
 		StartedAt: began.UTC(), BootMS: time.Since(began).Milliseconds(),
 		Kernel: hello.Kernel, PIDs: m.PIDs(), Notes: notes,
-	}
-	if s.cfg.TTL > 0 {
-		t := began.Add(s.cfg.TTL).UTC()
-		s.status.ExpiresAt = &t
 	}
 	return nil
 }
@@ -377,7 +415,7 @@ func (s *supervisor) expire() {
 	m, up := s.machine, s.status.ID != ""
 	s.expired = true
 	s.mu.Unlock()
-	if !s.cfg.Leased || !up {
+	if !s.leased() || !up {
 		s.cancel(errExpired)
 		return
 	}
@@ -402,8 +440,8 @@ func (s *supervisor) watchMachine(ctx context.Context, m engine.Machine) {
 		s.status.Exited = errExpired.Error()
 	}
 	s.mu.Unlock()
-	if !s.cfg.Leased {
-		s.cancel(fmt.Errorf("the machine ended: %s", exit.Reason))
+	if !s.leased() {
+		s.cancel(endedError(exit.Reason))
 	}
 }
 
@@ -425,6 +463,9 @@ func (s *supervisor) end(cause error) {
 			s.log.Error("stopping the machine", "error", err)
 		}
 	}
+	if !s.cfg.Ephemeral {
+		s.writeEnding(cause)
+	}
 	s.console.Close()
 	if s.cfg.Ephemeral {
 		if err := os.RemoveAll(s.dir.Path()); err != nil {
@@ -434,6 +475,21 @@ func (s *supervisor) end(cause error) {
 	}
 	for _, sock := range []string{s.dir.ControlSocket(), s.dir.GuestSocket()} {
 		_ = os.Remove(sock)
+	}
+}
+
+// writeEnding leaves word of how the machine ended.
+func (s *supervisor) writeEnding(cause error) {
+	e := Ending{At: time.Now().UTC(), Requested: errors.Is(cause, errStopped), Expired: errors.Is(cause, errExpired)}
+	var ended endedError
+	switch {
+	case errors.As(cause, &ended):
+		e.Reason, e.Console = string(ended), lastWords(s.console.Tail(50))
+	case cause != nil:
+		e.Reason = cause.Error()
+	}
+	if err := statedir.WriteJSON(s.dir.EndingFile(), e); err != nil {
+		s.log.Error("writing how the machine ended", "error", err)
 	}
 }
 

@@ -43,6 +43,8 @@ type Process struct {
 	// Status is what it said when its guest was ready.
 	Status Status
 
+	ephemeral bool
+
 	cmd    *exec.Cmd
 	lease  *os.File
 	exited chan struct{}
@@ -50,23 +52,38 @@ type Process struct {
 }
 
 // Spawn makes the machine's directory, starts a supervisor for it and returns
-// when the guest answers. On an error nothing is left: not the machine, not the
-// supervisor, not the directory. If ctx ends first the machine is ended too.
+// when the guest answers. On an error nothing is left running, and of an
+// ephemeral machine no directory either. If ctx ends first the machine is ended
+// too.
+//
+// A machine that is not ephemeral may have run before: its directory is taken
+// over, unless its supervisor still lives, which is api.ErrBusy.
 func Spawn(ctx context.Context, o SpawnOptions) (_ *Process, err error) {
 	dir := statedir.Machine(o.Config.Dir)
-	if err := os.Mkdir(dir.Path(), 0o700); err != nil {
+	if err := os.Mkdir(dir.Path(), 0o700); err != nil && (o.Config.Ephemeral || !errors.Is(err, os.ErrExist)) {
 		return nil, fmt.Errorf("creating the machine's directory: %w", err)
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, removeMachine(context.WithoutCancel(ctx), dir))
-		}
-	}()
-	lock, err := hostproc.TryLock(dir.LockFile())
+	// Whoever clears up after killed commands tries every lock for a moment.
+	lock, err := hostproc.LockWithin(ctx, dir.LockFile(), time.Second)
 	if err != nil {
 		return nil, err
 	}
 	defer lock.Close()
+	defer func() {
+		if err == nil {
+			return
+		}
+		clear := clearMachine
+		if o.Config.Ephemeral {
+			clear = removeMachine
+		}
+		err = errors.Join(err, clear(context.WithoutCancel(ctx), dir))
+	}()
+	if !o.Config.Ephemeral {
+		if err := clearMachine(ctx, dir); err != nil {
+			return nil, fmt.Errorf("clearing up after the machine's last run: %w", err)
+		}
+	}
 	rec := record{ID: dir.ID(), Engine: o.Config.Engine, CreatedAt: time.Now().UTC(), Ephemeral: o.Config.Ephemeral}
 	if err := statedir.WriteJSON(dir.RecordFile(), rec); err != nil {
 		return nil, err
@@ -153,7 +170,7 @@ func start(dir statedir.Machine, o SpawnOptions, lock *hostproc.Lock) (_ *Proces
 	if err := cmd.Start(); err != nil {
 		return nil, nil, api.WithHint(err, "pyro was looked for at %s: reinstall it, or name it with PYRO_BINARY", o.Binary)
 	}
-	p := &Process{Client: NewClient(dir), cmd: cmd, exited: make(chan struct{})}
+	p := &Process{Client: NewClient(dir), ephemeral: o.Config.Ephemeral, cmd: cmd, exited: make(chan struct{})}
 	go func() {
 		_ = cmd.Wait() // how it ended is in the result and the log
 		close(p.exited)
@@ -170,19 +187,26 @@ func start(dir statedir.Machine, o SpawnOptions, lock *hostproc.Lock) (_ *Proces
 	return p, resultR, nil
 }
 
+// Release lets go of a machine that was told to [Client.Keep]: it outlives this
+// process.
+func (p *Process) Release() { p.release() }
+
 func (p *Process) release() {
 	p.once.Do(func() { p.lease.Close() })
 }
 
-// Shutdown ends a leased machine like Close and makes sure of it: a supervisor
-// that has not ended by the time ctx does is killed, which takes its machine
-// along, and what is left in the directory is removed.
+// Shutdown ends a leased machine and makes sure of it: a supervisor that has
+// not ended by the time ctx does is killed, which takes its machine along. What
+// is left in the directory of an ephemeral machine is removed.
 func (p *Process) Shutdown(ctx context.Context) error {
 	p.release()
 	select {
 	case <-p.exited:
 	case <-ctx.Done():
 		p.waitOrKill(0)
+	}
+	if !p.ephemeral {
+		return clearMachine(context.WithoutCancel(ctx), p.dir)
 	}
 	return removeMachine(context.WithoutCancel(ctx), p.dir)
 }

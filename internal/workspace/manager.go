@@ -9,13 +9,16 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/engine/all"
 	"github.com/pyro-mcp/pyro/internal/environment"
 	"github.com/pyro-mcp/pyro/internal/guestkernel"
+	"github.com/pyro-mcp/pyro/internal/seed"
 	"github.com/pyro-mcp/pyro/internal/statedir"
+	"github.com/pyro-mcp/pyro/internal/store"
 	"github.com/pyro-mcp/pyro/internal/supervisor"
 )
 
@@ -45,6 +48,11 @@ type Manager struct {
 	environments *environment.Store
 	kernels      *guestkernel.Store
 	log          *slog.Logger
+
+	// What only workspaces need is opened with the first of them.
+	openOnce  sync.Mutex
+	openStore *store.Store
+	openSeeds *seed.Store
 }
 
 // New opens the state and cache directories, clears up after processes that were
@@ -84,6 +92,48 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 	m.engines = all.Engines(m.state.AcceleratorFile(), m.log)
 	m.reap(ctx)
 	return m, nil
+}
+
+// store returns the database of workspaces, opened. The first call also deletes
+// the workspaces whose time is over.
+func (m *Manager) store(ctx context.Context) (*store.Store, error) {
+	m.openOnce.Lock()
+	defer m.openOnce.Unlock()
+	if m.openStore != nil {
+		return m.openStore, nil
+	}
+	st, err := store.Open(ctx, m.state.Database(), store.Options{WorkspacesDir: m.state.WorkspacesDir(), Logger: m.log})
+	if err != nil {
+		return nil, err
+	}
+	m.openStore = st
+	return st, nil
+}
+
+// seeds returns the store of seeds, opened.
+func (m *Manager) seeds() (*seed.Store, error) {
+	m.openOnce.Lock()
+	defer m.openOnce.Unlock()
+	if m.openSeeds == nil {
+		s, err := seed.Open(m.state.SeedsDir(), m.log)
+		if err != nil {
+			return nil, err
+		}
+		m.openSeeds = s
+	}
+	return m.openSeeds, nil
+}
+
+// Close gives back what the Manager has opened. Its methods must have returned.
+func (m *Manager) Close() error {
+	m.openOnce.Lock()
+	defer m.openOnce.Unlock()
+	if m.openStore == nil {
+		return nil
+	}
+	err := m.openStore.Close()
+	m.openStore = nil
+	return err
 }
 
 func orDefault(given string, fallback func(func(string) string) (string, error)) (string, error) {

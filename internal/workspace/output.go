@@ -1,6 +1,7 @@
 package workspace
 
 import (
+	"fmt"
 	"io"
 	"strings"
 	"sync"
@@ -9,39 +10,107 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 )
 
-// capture passes output on, or keeps the first maxCapture bytes of it where
-// there is nobody to pass it to.
-type capture struct {
-	to        io.Writer
-	kept      []byte
-	truncated bool
+// keptHalf is how much is kept of the beginning and of the end of an output:
+// what went wrong is most often said last.
+const keptHalf = 512 << 10
+
+// A recorder passes output on and keeps the beginning and the end of it. With a
+// file it keeps the beginning there too, as it comes, so that it outlives a
+// killed process. A file that cannot be written ends the keeping, not the
+// command.
+type recorder struct {
+	to   io.Writer    // may be nil
+	file *journalFile // may be nil
+	head []byte
+	tail []byte // ring of keptHalf bytes once it is full
+	next int    // in a full tail, where the oldest byte is
+	n    int64  // all that was written
 }
 
-func (c *capture) Write(p []byte) (int, error) {
-	if c.to != nil {
-		return c.to.Write(p)
+func (r *recorder) Write(p []byte) (int, error) {
+	r.keep(p)
+	if r.to != nil {
+		return r.to.Write(p)
 	}
-	room := maxCapture - len(c.kept)
-	c.kept = append(c.kept, p[:min(room, len(p))]...)
-	c.truncated = c.truncated || len(p) > room
 	return len(p), nil
 }
 
-// String returns what was kept as text: a character that the bound cut in two
-// is left out, and bytes that are not UTF-8 become U+FFFD.
-func (c *capture) String() string {
-	b := c.kept
-	if c.truncated {
-		for i := 1; i < utf8.UTFMax && i <= len(b); i++ {
-			if tail := b[len(b)-i:]; utf8.RuneStart(tail[0]) {
-				if !utf8.FullRune(tail) {
-					b = b[:len(b)-i]
-				}
-				break
+func (r *recorder) keep(p []byte) {
+	r.n += int64(len(p))
+	k := min(keptHalf-len(r.head), len(p))
+	r.head = append(r.head, p[:k]...)
+	r.file.write(p[:k])
+	p = p[k:]
+	if over := len(p) - keptHalf; over > 0 {
+		p = p[over:]
+	}
+	k = min(keptHalf-len(r.tail), len(p))
+	r.tail = append(r.tail, p[:k]...)
+	for p = p[k:]; len(p) > 0; p = p[k:] {
+		k = copy(r.tail[r.next:], p)
+		r.next = (r.next + k) % keptHalf
+	}
+}
+
+// end returns what is kept behind the head, with the mark of what is left out.
+func (r *recorder) end() (mark string, tail []byte) {
+	tail = append(r.tail[r.next:len(r.tail):len(r.tail)], r.tail[:r.next]...)
+	if left := r.n - int64(len(r.head)+len(tail)); left > 0 {
+		mark = fmt.Sprintf("\n[pyro: %d bytes left out]\n", left)
+	}
+	return mark, tail
+}
+
+// finish completes the file.
+func (r *recorder) finish() error {
+	mark, tail := r.end()
+	r.file.write([]byte(mark))
+	r.file.write(tail)
+	return r.file.close()
+}
+
+// truncated reports whether something is left out.
+func (r *recorder) truncated() bool { return r.n > int64(len(r.head)+len(r.tail)) }
+
+// String returns what is kept as text: a character that a bound cut in two is
+// left out, and bytes that are not UTF-8 become U+FFFD.
+func (r *recorder) String() string {
+	mark, tail := r.end()
+	head := r.head
+	if mark == "" {
+		head = append(head[:len(head):len(head)], tail...)
+		tail = nil
+	} else {
+		head, tail = wholeRunes(head), tail[leadingRest(tail):]
+	}
+	return validText(head) + mark + validText(tail)
+}
+
+// validText returns b as text; bytes that are not UTF-8 become U+FFFD.
+func validText(b []byte) string { return strings.ToValidUTF8(string(b), "\uFFFD") }
+
+// wholeRunes returns b without a character that it ends in the middle of.
+func wholeRunes(b []byte) []byte {
+	for i := 1; i < utf8.UTFMax && i <= len(b); i++ {
+		if last := b[len(b)-i:]; utf8.RuneStart(last[0]) {
+			if !utf8.FullRune(last) {
+				return b[:len(b)-i]
 			}
+			break
 		}
 	}
-	return strings.ToValidUTF8(string(b), "\uFFFD")
+	return b
+}
+
+// leadingRest returns how many bytes of b belong to a character that began
+// before it.
+func leadingRest(b []byte) int {
+	for i := 0; i < utf8.UTFMax && i < len(b); i++ {
+		if utf8.RuneStart(b[i]) {
+			return i
+		}
+	}
+	return 0
 }
 
 // commandText shows an argument list as one line that a shell would read as the

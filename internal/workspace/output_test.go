@@ -1,13 +1,72 @@
 package workspace
 
 import (
-	"bytes"
+	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 )
 
-// The text of a command is what a shell reads as the same words.
+func TestRecorderKeepsBothEnds(t *testing.T) {
+	const kept = 2 * keptHalf
+	for _, test := range []struct {
+		name   string
+		writes []string
+		want   string
+	}{
+		{"Nothing", nil, ""},
+		{"Short", []string{"a", "b\n"}, "ab\n"},
+		{"AsMuchAsIsKept", []string{strings.Repeat("x", kept)}, strings.Repeat("x", kept)},
+		{"OneTooMany", []string{strings.Repeat("x", kept), "y"},
+			strings.Repeat("x", keptHalf) + "\n[pyro: 1 bytes left out]\n" + strings.Repeat("x", keptHalf-1) + "y"},
+		{"LastWriteIsLong", []string{"head", strings.Repeat("m", 3*kept) + "tail"},
+			"head" + strings.Repeat("m", keptHalf-4) + fmt.Sprintf("\n[pyro: %d bytes left out]\n", 2*kept+8) + strings.Repeat("m", keptHalf-4) + "tail"},
+		{"CharacterCutByTheHead", []string{strings.Repeat("x", keptHalf-1) + "\u20ac", strings.Repeat("y", kept)},
+			strings.Repeat("x", keptHalf-1) + fmt.Sprintf("\n[pyro: %d bytes left out]\n", keptHalf+2) + strings.Repeat("y", keptHalf)},
+		{"CharacterCutByTheTail", []string{strings.Repeat("x", kept), "\u20ac" + strings.Repeat("y", keptHalf-1)},
+			strings.Repeat("x", keptHalf) + fmt.Sprintf("\n[pyro: %d bytes left out]\n", keptHalf+2) + strings.Repeat("y", keptHalf-1)},
+		{"NoUTF8", []string{"a\xffb"}, "a\uFFFDb"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "1.stdout")
+			r := recorder{file: &journalFile{path: path}}
+			total := 0
+			for _, w := range test.writes {
+				if n, err := r.Write([]byte(w)); n != len(w) || err != nil {
+					t.Fatalf("Write = %d, %v", n, err)
+				}
+				total += len(w)
+			}
+			if err := r.finish(); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(test.want, r.String()); diff != "" {
+				t.Errorf("kept (-want +got):\n%.500s", diff)
+			}
+			if r.n != int64(total) || r.truncated() != (total > kept) {
+				t.Errorf("n = %d, truncated = %t after %d bytes", r.n, r.truncated(), total)
+			}
+			stored, err := os.ReadFile(path)
+			if total == 0 {
+				if err == nil {
+					t.Error("a file for no output")
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			mark, _ := r.end()
+			if want := min(total, kept) + len(mark); len(stored) != want {
+				t.Errorf("the file has %d bytes, want %d", len(stored), want)
+			}
+		})
+	}
+}
 func TestCommandTextIsReadBack(t *testing.T) {
 	for name, argv := range map[string][]string{
 		"plain":   {"git", "--version"},
@@ -27,34 +86,5 @@ func TestCommandTextIsReadBack(t *testing.T) {
 	}
 	if got := commandText([]string{"echo a | wc"}); got != "echo a | wc" {
 		t.Errorf("a single word, which is a shell command already, becomes %q", got)
-	}
-}
-
-func TestCaptureIsBounded(t *testing.T) {
-	var c capture
-	for range 3 {
-		if n, err := c.Write(bytes.Repeat([]byte("é"), maxCapture/4)); n != maxCapture/2 || err != nil {
-			t.Fatalf("Write = %d, %v", n, err)
-		}
-	}
-	if len(c.String()) != maxCapture || !c.truncated {
-		t.Errorf("kept %d bytes, truncated %v", len(c.String()), c.truncated)
-	}
-	// A character that the bound cuts in two is left out; a wrong byte is shown.
-	c = capture{}
-	_, _ = c.Write(append(bytes.Repeat([]byte("x"), maxCapture-1), "éy"...))
-	if got := c.String(); len(got) != maxCapture-1 || strings.Contains(got, "\uFFFD") {
-		t.Errorf("%d bytes, ending in %q", len(got), got[len(got)-3:])
-	}
-	c = capture{}
-	_, _ = c.Write([]byte("a\xffb"))
-	if got := c.String(); got != "a\uFFFDb" || c.truncated {
-		t.Errorf("got %q", got)
-	}
-	var out bytes.Buffer
-	c = capture{to: &out}
-	_, _ = c.Write([]byte("live"))
-	if out.String() != "live" || c.String() != "" {
-		t.Errorf("passed on %q, kept %q", out.String(), c.String())
 	}
 }

@@ -6,25 +6,14 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 	"time"
 
-	"github.com/dustin/go-humanize"
-	"golang.org/x/sync/errgroup"
-
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
-	"github.com/pyro-mcp/pyro/internal/environment"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
-	"github.com/pyro-mcp/pyro/internal/guestkernel"
-	"github.com/pyro-mcp/pyro/internal/guestproto"
 	"github.com/pyro-mcp/pyro/internal/supervisor"
 )
-
-// maxCapture is how much of stdout and of stderr each a result carries where
-// the caller gave no writer for it.
-const maxCapture = 1 << 20
 
 // Run starts a machine, runs one command in it, and ends the machine again,
 // whatever happens, also when ctx ends or this process is killed. A command
@@ -43,7 +32,11 @@ func (m *Manager) Run(ctx context.Context, req api.RunRequest) (_ *api.ExecResul
 	if _, err := m.environments.Inspect(ctx, req.Environment); err != nil {
 		return nil, err
 	}
-	p, err := m.startMachine(ctx, candidate, req)
+	id := newID()
+	p, err := m.startMachine(ctx, candidate, machineRequest{
+		ID: id, Environment: req.Environment, VCPUCount: req.VCPUCount, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB,
+		Require: req.Require, TTL: req.TTL, Ephemeral: true, Progress: req.Progress,
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -74,21 +67,9 @@ func fill(r *api.RunRequest, defaultEngine string) error {
 	if r.Environment == "" {
 		return api.WithHint(api.Errorf(api.ErrInvalid, "no environment was given"), "name one, such as debian:12; pyro env list shows them")
 	}
-	for _, n := range []struct {
-		field        *int
-		fallback     int
-		what, remedy string
-	}{
-		{&r.VCPUCount, api.DefaultVCPUCount, "virtual processors", "--vcpu-count"},
-		{&r.MemMiB, api.DefaultMemMiB, "MiB of memory", "--mem-mib"},
-		{&r.DiskMiB, 0, "MiB of disk", "--disk-mib"},
-	} {
-		if *n.field < 0 {
-			return api.WithHint(api.Errorf(api.ErrInvalid, "%d %s asked for", *n.field, n.what), "give %s a positive number", n.remedy)
-		}
-		if *n.field == 0 {
-			*n.field = n.fallback
-		}
+	size := machineSize{&r.VCPUCount, &r.MemMiB, &r.DiskMiB}
+	if err := size.fill(); err != nil {
+		return err
 	}
 	if r.Timeout == 0 {
 		r.Timeout = api.DefaultTimeout
@@ -106,106 +87,12 @@ func fill(r *api.RunRequest, defaultEngine string) error {
 	return nil
 }
 
-// freeFloor is how much space a machine must find for its disk to begin with. A
-// guest whose host runs full loses what it writes.
-const freeFloor = 64 << 20
-
-// startMachine fetches what the engine needs and starts a supervisor.
-func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req api.RunRequest) (*supervisor.Process, error) {
-	binary, err := m.findBinary()
-	if err != nil {
-		return nil, err
-	}
-	agent, err := m.findAgent()
-	if err != nil {
-		return nil, err
-	}
-	if free := freeBytes(m.state.Path()); free < freeFloor {
-		return nil, api.WithHint(api.Errorf(api.ErrExhausted, "only %s are free in the state directory %s", humanize.IBytes(uint64(free)), m.state.Path()),
-			"free some space, or put it elsewhere with PYRO_STATE_DIR; pyro env prune removes what nothing uses")
-	}
-	id := newID()
-	dir := m.state.Machine(id)
-	spec := engine.MachineSpec{
-		ID: id, Dir: dir.EngineDir(), AgentPath: agent, Hostname: "pyro-" + id, Ephemeral: true,
-		VCPUCount: req.VCPUCount, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB,
-	}
-	image, kernel, err := m.fetch(ctx, c.Capabilities, req)
-	if err != nil {
-		return nil, err
-	}
-	// The supervisor inherits the locks: closing ours frees nothing that runs.
-	defer image.Close()
-	defer kernel.Close()
-	var hold []*os.File
-	if image != nil {
-		spec.RootImage = image.Path
-		hold = append(hold, image.Lock)
-	}
-	if kernel != nil {
-		spec.Kernel = kernel.Kernel
-		if kernel.Lock != nil {
-			hold = append(hold, kernel.Lock)
-		}
-	}
-	var launcher []string
-	if l, ok := c.Engine.(engine.Launcher); ok {
-		if launcher, err = l.Launcher(); err != nil {
-			return nil, err
-		}
-	}
-	req.Progress(api.Progress{Phase: "boot", Message: "starting a guest: " + c.Detail})
-	return supervisor.Spawn(ctx, supervisor.SpawnOptions{
-		Binary: binary, Launcher: launcher, Hold: hold,
-		Config: supervisor.Config{
-			Dir: dir.Path(), Engine: c.Name(), Require: req.Require, Spec: spec,
-			NoteFile: m.state.AcceleratorFile(), TTL: req.TTL, Leased: true, Ephemeral: true,
-		},
-	})
-}
-
-// fetch gets the image and the kernel, both at once, if the engine needs them.
-func (m *Manager) fetch(ctx context.Context, caps engine.Capabilities, req api.RunRequest) (image *environment.Image, kernel *guestkernel.Kernel, err error) {
-	g, ctx := errgroup.WithContext(ctx)
-	progress := serialized(req.Progress)
-	if caps.NeedsImage {
-		g.Go(func() (err error) {
-			image, err = m.environments.Use(ctx, req.Environment, progress)
-			return err
-		})
-	}
-	if caps.NeedsKernel {
-		g.Go(func() (err error) {
-			kernel, err = m.kernels.Use(ctx, progress)
-			return err
-		})
-	}
-	if err := g.Wait(); err != nil {
-		image.Close()
-		kernel.Close()
-		return nil, nil, err
-	}
-	return image, kernel, nil
-}
-
 // runCommand runs the request's command on a machine that is up.
 func runCommand(ctx context.Context, p *supervisor.Process, req api.RunRequest) (*api.ExecResult, error) {
-	stdout, stderr := &capture{to: req.Stdout}, &capture{to: req.Stderr}
-	ex := guestproto.ExecRequest{Argv: req.Argv, Env: req.Env, TimeoutSeconds: req.Timeout.Seconds(), Stdin: req.Stdin != nil}
-	if len(req.Argv) == 1 {
-		ex.Argv, ex.Command = nil, req.Argv[0]
-	}
-	client := guestclient.New(p.DialGuest, guestclient.Options{Patience: time.Minute * time.Duration(min(3, p.Status.TimeScale))})
-	reply, err := client.Exec(ctx, ex, guestclient.ExecIO{Stdin: req.Stdin, Stdout: stdout, Stderr: stderr})
-	if err != nil {
-		return nil, err
-	}
-	return &api.ExecResult{
-		Command: commandText(req.Argv), Cwd: "/workspace",
-		ExitCode: reply.ExitCode, TimedOut: reply.TimedOut, OOMKilled: reply.OOMKilled, DurationMS: reply.DurationMS,
-		Stdout: stdout.String(), StdoutTruncated: stdout.truncated,
-		Stderr: stderr.String(), StderrTruncated: stderr.truncated,
-	}, nil
+	client := guestclient.New(p.DialGuest, guestclient.Options{Patience: patience(p.Status.TimeScale)})
+	c := command{argv: req.Argv, env: req.Env, timeout: req.Timeout, stdin: req.Stdin,
+		stdout: recorder{to: req.Stdout}, stderr: recorder{to: req.Stderr}}
+	return c.run(ctx, client)
 }
 
 // explain finds out why a command's connection broke: most often the machine
@@ -239,6 +126,11 @@ func executionMode(i api.Isolation) string {
 		return api.ModeHostCompat
 	}
 	return api.ModeGuest
+}
+
+// patience is how long a guest may take for one answer.
+func patience(timeScale int) time.Duration {
+	return time.Minute * time.Duration(max(1, min(3, timeScale)))
 }
 
 func newID() string {

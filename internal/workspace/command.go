@@ -1,0 +1,81 @@
+package workspace
+
+import (
+	"context"
+	"io"
+	"time"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/guestclient"
+	"github.com/pyro-mcp/pyro/internal/guestproto"
+)
+
+// command is one command on its way through a guest.
+type command struct {
+	argv    []string // a single word is run by sh -c
+	env     map[string]string
+	cwd     string
+	timeout time.Duration
+	stdin   io.Reader
+	tty     *api.TerminalSize
+	resize  <-chan api.TerminalSize
+
+	stdout, stderr recorder
+}
+
+// run returns when the command has ended. What it wrote is in the result where
+// nobody else took it.
+func (c *command) run(ctx context.Context, client *guestclient.Client) (*api.ExecResult, error) {
+	ex := guestproto.ExecRequest{Argv: c.argv, Env: c.env, Cwd: c.cwd, TimeoutSeconds: c.timeout.Seconds(), Stdin: c.stdin != nil}
+	if len(c.argv) == 1 {
+		ex.Argv, ex.Command = nil, c.argv[0]
+	}
+	streams := guestclient.ExecIO{Stdin: c.stdin, Stdout: &c.stdout, Stderr: &c.stderr}
+	if c.tty != nil {
+		ex.TTY = &guestproto.Resize{Cols: c.tty.Cols, Rows: c.tty.Rows}
+		var stop func()
+		streams.Resize, stop = resizes(c.resize)
+		defer stop()
+	}
+	reply, err := client.Exec(ctx, ex, streams)
+	if err != nil {
+		return nil, err
+	}
+	res := &api.ExecResult{
+		Command: commandText(c.argv), Cwd: c.cwd,
+		ExitCode: reply.ExitCode, TimedOut: reply.TimedOut, OOMKilled: reply.OOMKilled, DurationMS: reply.DurationMS,
+	}
+	if res.Cwd == "" {
+		res.Cwd = api.WorkspacePath
+	}
+	if c.stdout.to == nil {
+		res.Stdout, res.StdoutTruncated = c.stdout.String(), c.stdout.truncated()
+	}
+	if c.stderr.to == nil {
+		res.Stderr, res.StderrTruncated = c.stderr.String(), c.stderr.truncated()
+	}
+	return res, nil
+}
+
+// resizes passes terminal sizes on in the guest protocol's form until stop.
+func resizes(in <-chan api.TerminalSize) (out <-chan guestproto.Resize, stop func()) {
+	ch, done := make(chan guestproto.Resize), make(chan struct{})
+	go func() {
+		for {
+			select {
+			case size, ok := <-in:
+				if !ok {
+					return
+				}
+				select {
+				case ch <- guestproto.Resize{Cols: size.Cols, Rows: size.Rows}:
+				case <-done:
+					return
+				}
+			case <-done:
+				return
+			}
+		}
+	}()
+	return ch, func() { close(done) }
+}

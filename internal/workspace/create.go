@@ -1,0 +1,335 @@
+package workspace
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/environment"
+	"github.com/pyro-mcp/pyro/internal/guestclient"
+	"github.com/pyro-mcp/pyro/internal/hostproc"
+	"github.com/pyro-mcp/pyro/internal/seed"
+	"github.com/pyro-mcp/pyro/internal/statedir"
+	"github.com/pyro-mcp/pyro/internal/store"
+	"github.com/pyro-mcp/pyro/internal/supervisor"
+)
+
+// CreateWorkspace makes a workspace, seeds it, starts it, and returns when it
+// is ready. On an error, and if ctx ends first, nothing of it is left.
+func (m *Manager) CreateWorkspace(ctx context.Context, req api.CreateRequest) (_ *api.Workspace, err error) {
+	if err := m.fillCreate(&req); err != nil {
+		return nil, err
+	}
+	candidate, err := engine.Pick(ctx, m.engines, engine.Choice{
+		Engine: req.Engine, Require: req.Require, AllowHostCompat: req.AllowHostCompat,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if _, err := m.environments.Inspect(ctx, req.Environment); err != nil {
+		return nil, err
+	}
+	source, err := sourceAt(req.SeedPath, req.IncludeIgnored)
+	if err != nil {
+		return nil, err
+	}
+	h, err := m.claim(ctx, candidate, req)
+	if err != nil {
+		return nil, fmt.Errorf("creating workspace: %w", err)
+	}
+	defer h.release()
+	defer func() {
+		if err == nil {
+			return
+		}
+		// Bounded by what ending a machine by force takes.
+		if undoErr := h.destroy(context.WithoutCancel(ctx)); undoErr != nil {
+			err = errors.Join(err, fmt.Errorf("removing what was made of the workspace: %w", undoErr))
+		}
+	}()
+	if err := h.create(ctx, candidate, source, req); err != nil {
+		return nil, fmt.Errorf("creating workspace %s: %w", label(h.Workspace), err)
+	}
+	ws := h.Workspace.Workspace
+	return &ws, nil
+}
+
+// validName is a name that no shell and no path needs quotes for.
+var validName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
+
+func checkName(name string) error {
+	if !validName.MatchString(name) {
+		return api.WithHint(api.Errorf(api.ErrInvalid, "a workspace cannot be called %q", name),
+			"use up to 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit")
+	}
+	return nil
+}
+
+// maxLabels bounds how many labels a workspace has, maxLabel the bytes of one
+// key or value.
+const (
+	maxLabels = 64
+	maxLabel  = 256
+)
+
+func checkLabels(labels map[string]string) error {
+	if len(labels) > maxLabels {
+		return api.WithHint(api.Errorf(api.ErrInvalid, "%d labels are more than the limit of %d", len(labels), maxLabels), "give fewer --label")
+	}
+	for k, v := range labels {
+		if k == "" || len(k) > maxLabel || len(v) > maxLabel || strings.ContainsAny(k, "=\n") {
+			return api.WithHint(api.Errorf(api.ErrInvalid, "the label %q is empty, holds = or a line break, or is longer than %d bytes", k, maxLabel),
+				"write --label KEY=VALUE")
+		}
+	}
+	return nil
+}
+
+// fillCreate checks a request and puts the defaults in.
+func (m *Manager) fillCreate(r *api.CreateRequest) error {
+	if r.Environment == "" {
+		r.Environment = environment.Default
+	}
+	size := machineSize{&r.VCPUCount, &r.MemMiB, &r.DiskMiB}
+	if err := size.fill(); err != nil {
+		return err
+	}
+	if r.Name != "" {
+		if err := checkName(r.Name); err != nil {
+			return err
+		}
+	}
+	if err := checkLabels(r.Labels); err != nil {
+		return err
+	}
+	switch r.NetworkPolicy {
+	case "":
+		r.NetworkPolicy = api.NetworkOff
+	case api.NetworkOff:
+	case api.NetworkEgress, api.NetworkEgressPublishing:
+		return api.WithHint(api.Errorf(api.ErrUnsupported, "network policy %q is not available: guests have no network yet", r.NetworkPolicy),
+			"leave --network-policy out, and bring what is needed in with the seed or sync push")
+	default:
+		return api.WithHint(api.Errorf(api.ErrInvalid, "unknown network policy %q", r.NetworkPolicy),
+			"use off, egress or egress+published-ports")
+	}
+	if r.TTL == 0 {
+		r.TTL = api.DefaultTTL
+	}
+	r.TTL = max(r.TTL, 0)
+	if r.Engine == "" {
+		r.Engine = m.engine
+	}
+	if r.Progress == nil {
+		r.Progress = func(api.Progress) {}
+	}
+	r.Progress = serialized(r.Progress)
+	return nil
+}
+
+// sourceAt says what the file or directory at path on this host holds; the
+// empty source for "".
+func sourceAt(path string, includeIgnored bool) (seed.Source, error) {
+	if path == "" {
+		return seed.Source{}, nil
+	}
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return seed.Source{}, err
+	}
+	st, err := os.Stat(path)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return seed.Source{}, api.WithHint(api.Errorf(api.ErrInvalid, "%s does not exist", path), "name a directory or a tar archive on this host")
+	case err != nil:
+		return seed.Source{}, err
+	case !st.IsDir() && !st.Mode().IsRegular():
+		return seed.Source{}, api.WithHint(api.Errorf(api.ErrInvalid, "%s is neither a directory nor a file", path), "name a directory or a tar archive")
+	}
+	return seed.Source{Path: path, IncludeIgnored: includeIgnored}, nil
+}
+
+// claim writes the record of a workspace that is yet to be made, and holds it.
+func (m *Manager) claim(ctx context.Context, c engine.Candidate, req api.CreateRequest) (_ *held, err error) {
+	st, err := m.store(ctx)
+	if err != nil {
+		return nil, err
+	}
+	id := newID()
+	now := time.Now().UTC()
+	ws := &store.Workspace{
+		Workspace: api.Workspace{
+			WorkspaceID: id, Labels: map[string]string{}, Environment: req.Environment, State: api.StateStarting,
+			Engine: c.Name(), Isolation: c.Isolation, ExecutionMode: executionMode(c.Isolation),
+			VCPUCount: req.VCPUCount, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB, NetworkPolicy: req.NetworkPolicy,
+			CreatedAt: now, LastActivityAt: now, WorkspacePath: api.WorkspacePath,
+			WorkspaceSeed: api.WorkspaceSeed{Mode: api.SeedEmpty, Destination: api.WorkspacePath, Skipped: []api.SkippedEntry{}},
+			Secrets:       []api.SecretInfo{},
+		},
+		DiskFormat: string(c.Disk), Require: req.Require, Intent: intentCreate, ActiveLayer: newLayer(c.Disk),
+	}
+	maps.Copy(ws.Labels, req.Labels)
+	if req.Name != "" {
+		ws.Name = &req.Name
+	}
+	setExpiry(ws, req.TTL)
+	dir := m.state.Workspace(id)
+	// The lock is held before anybody can find the record: a record that says
+	// "starting" and whose lock is free counts as abandoned.
+	if err := statedir.MakePrivate(dir.CommandsDir()); err != nil {
+		return nil, err
+	}
+	lock, err := hostproc.TryLock(dir.LockFile())
+	if err == nil {
+		err = st.Create(ctx, ws)
+	}
+	if err != nil {
+		lock.Close()
+		return nil, errors.Join(err, os.RemoveAll(dir.Path()))
+	}
+	return &held{Workspace: ws, m: m, dir: dir, lock: lock}, nil
+}
+
+// create does everything between the record and a workspace that is ready.
+func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Source, req api.CreateRequest) error {
+	image, sd, err := h.m.ingredients(ctx, c, source, req)
+	defer image.Close()
+	defer sd.Close()
+	if err != nil {
+		return err
+	}
+	err = h.update(ctx, func(ws *store.Workspace) error {
+		if image != nil {
+			ws.EnvironmentDigest = image.Digest
+			if ws.DiskMiB == 0 {
+				ws.DiskMiB = image.DiskMiB
+			}
+		}
+		if sd != nil {
+			ws.WorkspaceSeed, ws.SeedDigest = sd.Info, sd.Digest
+			if c.SeedLayer {
+				ws.Layers = []string{seedLayer(sd.Digest)}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	p, err := h.startMachine(ctx, c, h.diskOf(h.Workspace), req.Progress)
+	if err != nil {
+		return err
+	}
+	defer p.Release()
+	if sd != nil && !c.SeedLayer {
+		if err := upload(ctx, p, sd, req.Progress); err != nil {
+			return explain(ctx, p, err)
+		}
+	}
+	if err := h.baseline(ctx, p, sd, c); err != nil {
+		return err
+	}
+	err = h.update(ctx, func(ws *store.Workspace) error {
+		ws.Intent = ""
+		ws.LastActivityAt = time.Now().UTC()
+		ws.Isolation, ws.ExecutionMode, ws.TimeScale = p.Status.Isolation, executionMode(p.Status.Isolation), p.Status.TimeScale
+		return enter(ws, api.StateStarted)
+	}, store.Event{Kind: eventCreated, Detail: map[string]any{"environment": h.Environment, "engine": h.Engine, "seed": h.WorkspaceSeed.Mode}})
+	if err != nil {
+		return err
+	}
+	return p.Keep(ctx)
+}
+
+// ingredients gets the environment's image and the seed, both at once. Either
+// is nil where there is none.
+func (m *Manager) ingredients(ctx context.Context, c engine.Candidate, source seed.Source, req api.CreateRequest) (image *environment.Image, sd *seed.Seed, err error) {
+	g, ctx := errgroup.WithContext(ctx)
+	if c.NeedsImage {
+		g.Go(func() (err error) {
+			image, err = m.environments.Use(ctx, req.Environment, req.Progress)
+			return err
+		})
+	}
+	if source.Path != "" {
+		g.Go(func() (err error) {
+			seeds, err := m.seeds()
+			if err != nil {
+				return err
+			}
+			sd, err = seeds.Build(ctx, source, req.Progress)
+			if err != nil {
+				return fmt.Errorf("reading the seed %s: %w", req.SeedPath, err)
+			}
+			return nil
+		})
+	}
+	return image, sd, g.Wait()
+}
+
+// upload puts the seed's files into the guest.
+func upload(ctx context.Context, p *supervisor.Process, sd *seed.Seed, progress func(api.Progress)) error {
+	progress(api.Progress{Phase: "seed", Message: "copying the seed into the guest", Total: sd.Info.BytesWritten})
+	client := guestclient.New(p.DialGuest, guestclient.Options{Patience: patience(p.Status.TimeScale)})
+	r, w := io.Pipe()
+	defer r.Close()
+	go func() {
+		meter := &meter{w: w, report: func(n int64) {
+			progress(api.Progress{Phase: "seed", Message: "copying the seed into the guest", Done: n, Total: max(n, sd.Info.BytesWritten)})
+		}}
+		w.CloseWithError(sd.WriteTar(ctx, meter))
+	}()
+	if _, err := client.UploadArchive(ctx, api.WorkspacePath, r); err != nil {
+		return fmt.Errorf("copying the seed into the guest: %w", err)
+	}
+	return nil
+}
+
+// meter reports how much has gone through it, some ten times a second at most.
+type meter struct {
+	w      io.Writer
+	n      int64
+	last   time.Time
+	report func(int64)
+}
+
+func (m *meter) Write(p []byte) (int, error) {
+	n, err := m.w.Write(p)
+	m.n += int64(n)
+	if now := time.Now(); now.Sub(m.last) > 100*time.Millisecond {
+		m.last = now
+		m.report(m.n)
+	}
+	return n, err
+}
+
+// baseline makes the snapshot that a reset goes back to. Where the seed is a
+// layer, or there is none, what lies below the workspace's own layer is that.
+func (h *held) baseline(ctx context.Context, p *supervisor.Process, sd *seed.Seed, c engine.Candidate) error {
+	st, err := h.m.store(ctx)
+	if err != nil {
+		return err
+	}
+	snap := store.Snapshot{
+		Snapshot:   api.Snapshot{WorkspaceID: h.WorkspaceID, SnapshotName: api.BaselineSnapshot, Kind: api.SnapshotBaseline, CreatedAt: time.Now().UTC()},
+		Chain:      h.Layers,
+		SeedDigest: h.SeedDigest,
+	}
+	if sd != nil && !c.SeedLayer {
+		if snap.Chain, snap.Layer, err = h.freeze(ctx, p.Client); err != nil {
+			return fmt.Errorf("making the baseline snapshot: %w", err)
+		}
+	}
+	return st.PutSnapshot(ctx, h.WorkspaceID, snap)
+}

@@ -1,0 +1,452 @@
+package workspace
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/engine/gvisor"
+	"github.com/pyro-mcp/pyro/internal/hostproc"
+	"github.com/pyro-mcp/pyro/internal/store"
+	"github.com/pyro-mcp/pyro/internal/supervisor"
+)
+
+// startMachine starts a machine for the workspace on a disk. It ends with this
+// process until it is told to keep going.
+func (h *held) startMachine(ctx context.Context, c engine.Candidate, d disk, progress func(api.Progress)) (*supervisor.Process, error) {
+	paths, seeds, err := h.m.layerPaths(ctx, d.chain)
+	var hold []*os.File
+	for _, sd := range seeds {
+		defer sd.Close()
+		hold = append(hold, sd.Lock)
+	}
+	if err != nil {
+		return nil, err
+	}
+	p, err := h.m.startMachine(ctx, c, machineRequest{
+		ID: h.WorkspaceID, Environment: h.Environment, Digest: h.EnvironmentDigest,
+		VCPUCount: h.VCPUCount, MemMiB: h.MemMiB, DiskMiB: h.DiskMiB,
+		Disk: h.m.state.Layer(d.active), Layers: paths, Require: h.Require, TTL: timeLeft(h.Workspace),
+		Hold: hold, Progress: progress,
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, note := range p.Status.Notes {
+		progress(api.Progress{Phase: "note", Message: note})
+	}
+	progress(api.Progress{Phase: "ready", Message: fmt.Sprintf("guest ready in %.1f s", float64(p.Status.BootMS)/1000)})
+	return p, nil
+}
+
+// candidate returns the engine that a workspace was made with, if it still
+// works here and isolates as was asked for.
+func (m *Manager) candidate(ctx context.Context, ws *store.Workspace) (engine.Candidate, error) {
+	c, err := engine.Pick(ctx, m.engines, engine.Choice{
+		Engine: ws.Engine, Require: ws.Require, AllowHostCompat: ws.ExecutionMode == api.ModeHostCompat,
+	})
+	if err == nil {
+		err = checkDiskFormat(ws, c)
+	}
+	return c, err
+}
+
+// StartWorkspace boots a stopped workspace from its disk. A workspace that runs
+// is a success.
+func (m *Manager) StartWorkspace(ctx context.Context, ref string, progress func(api.Progress)) (*api.Workspace, error) {
+	h, err := m.hold(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	defer h.release()
+	if h.State == api.StateStarted {
+		return &h.Workspace.Workspace, nil
+	}
+	if h.State != api.StateStopped {
+		return nil, mustRun(h.Workspace)
+	}
+	if err := h.start(ctx, orSilent(progress)); err != nil {
+		return nil, fmt.Errorf("starting workspace %s: %w", label(h.Workspace), err)
+	}
+	return &h.Workspace.Workspace, nil
+}
+
+func (h *held) start(ctx context.Context, progress func(api.Progress)) (err error) {
+	c, err := h.m.candidate(ctx, h.Workspace)
+	if err != nil {
+		return err
+	}
+	err = h.update(ctx, func(ws *store.Workspace) error {
+		ws.Intent = intentStart
+		return enter(ws, api.StateStarting)
+	})
+	if err != nil {
+		return err
+	}
+	p, err := h.startMachine(ctx, c, h.diskOf(h.Workspace), progress)
+	if err != nil {
+		return errors.Join(err, h.giveUp(ctx, err))
+	}
+	defer p.Release()
+	err = h.update(ctx, func(ws *store.Workspace) error {
+		ws.Intent, ws.LastError, ws.LastActivityAt = "", nil, time.Now().UTC()
+		ws.Isolation, ws.ExecutionMode, ws.TimeScale = p.Status.Isolation, executionMode(p.Status.Isolation), p.Status.TimeScale
+		return enter(ws, api.StateStarted)
+	}, store.Event{Kind: eventStarted, Detail: map[string]any{"engine": h.Engine, "isolation": p.Status.Isolation}})
+	if err != nil {
+		return err
+	}
+	return p.Keep(ctx)
+}
+
+// giveUp records that the workspace could not be started.
+func (h *held) giveUp(ctx context.Context, cause error) error {
+	return h.update(context.WithoutCancel(ctx), func(ws *store.Workspace) error {
+		why := firstLine(cause.Error())
+		ws.Intent, ws.PendingLayer, ws.LastError = "", "", &why
+		return enter(ws, api.StateStopped)
+	})
+}
+
+func firstLine(s string) string {
+	line, _, _ := strings.Cut(s, "\n")
+	return line
+}
+
+func orSilent(progress func(api.Progress)) func(api.Progress) {
+	if progress == nil {
+		return func(api.Progress) {}
+	}
+	return serialized(progress)
+}
+
+// StopWorkspace ends the workspace's machine and keeps its disk, flushed. A
+// stopped workspace is a success.
+func (m *Manager) StopWorkspace(ctx context.Context, ref string) (*api.Workspace, error) {
+	h, err := m.hold(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	defer h.release()
+	if h.State == api.StateStarted || h.State == api.StatePaused {
+		if err := h.stop(ctx); err != nil {
+			return nil, fmt.Errorf("stopping workspace %s: %w", label(h.Workspace), err)
+		}
+	}
+	return &h.Workspace.Workspace, nil
+}
+
+// stopLimit is how long a supervisor has to end its machine politely before it
+// is killed together with it: the guest's own grace under emulation, and the
+// flush of its disk.
+const stopLimit = 90 * time.Second
+
+// stop ends the machine, politely and then by force, and records it.
+func (h *held) stop(ctx context.Context) error {
+	end, cancel := context.WithTimeout(ctx, stopLimit)
+	defer cancel()
+	err := supervisor.NewClient(h.machine()).Stop(end)
+	if err == nil {
+		err = supervisor.WaitGone(end, h.machine())
+	}
+	if ctx.Err() != nil {
+		return ctx.Err() // it goes on stopping; the next command will see how it ended
+	}
+	forced := err != nil
+	if forced {
+		h.m.log.Warn("killing a supervisor that does not end", "workspace", h.WorkspaceID, "error", err)
+	}
+	if err := supervisor.Kill(context.WithoutCancel(ctx), h.machine()); err != nil {
+		return err
+	}
+	return h.update(ctx, func(ws *store.Workspace) error {
+		ws.LastError = nil
+		if forced {
+			why := "its machine did not stop by itself and was killed"
+			ws.LastError = &why
+		}
+		return enter(ws, api.StateStopped)
+	}, store.Event{Kind: eventStopped, Detail: map[string]any{"forced": forced}})
+}
+
+// DeleteWorkspace removes a workspace with everything that is its own.
+func (m *Manager) DeleteWorkspace(ctx context.Context, ref string) (*api.DeleteResult, error) {
+	h, err := m.hold(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	defer h.release()
+	// A deletion that has begun is not taken back.
+	if err := h.destroy(context.WithoutCancel(ctx)); err != nil {
+		return nil, fmt.Errorf("deleting workspace %s: %w", label(h.Workspace), err)
+	}
+	return &api.DeleteResult{WorkspaceID: h.WorkspaceID, Deleted: true}, nil
+}
+
+// destroy removes everything of the workspace, its record last but one: if this
+// is killed in between, the next command finishes it.
+func (h *held) destroy(ctx context.Context) error {
+	st, err := h.m.store(ctx)
+	if err != nil {
+		return err
+	}
+	if h.Intent != intentDelete {
+		if err := h.update(ctx, func(ws *store.Workspace) error { ws.Intent = intentDelete; return nil }); err != nil {
+			return err
+		}
+	}
+	if err := supervisor.Remove(ctx, h.machine()); err != nil {
+		return err
+	}
+	if err := st.Delete(ctx, h.WorkspaceID); err != nil {
+		return err
+	}
+	if _, err := h.m.collect(ctx); err != nil {
+		h.m.log.Warn("removing disk layers", "error", err) // garbage now: prune meets it again
+	}
+	return os.RemoveAll(h.dir.Path())
+}
+
+// setExpiry lets a workspace end ttl from now; 0 means never.
+func setExpiry(ws *store.Workspace, ttl time.Duration) {
+	ws.ExpiresAt, ws.ExpiresBoot, ws.BootID = nil, 0, ""
+	if ttl <= 0 {
+		return
+	}
+	at := time.Now().Add(ttl).UTC()
+	ws.ExpiresAt = &at
+	// The wall clock may be set; the time since boot only goes on.
+	ws.BootID, ws.ExpiresBoot = hostproc.BootID(), int64(sinceBoot()+ttl)
+}
+
+// timeLeft returns how long a workspace may still exist, 0 for ever. One whose
+// time is over has a moment.
+func timeLeft(ws *store.Workspace) time.Duration {
+	if ws.ExpiresAt == nil {
+		return 0
+	}
+	left := time.Until(*ws.ExpiresAt)
+	if ws.BootID == hostproc.BootID() {
+		left = time.Duration(ws.ExpiresBoot) - sinceBoot()
+	}
+	return max(left, time.Millisecond)
+}
+
+func expired(ws *store.Workspace) bool {
+	return ws.ExpiresAt != nil && timeLeft(ws) <= time.Millisecond
+}
+
+// Expire deletes the workspaces whose time is over. What somebody is changing
+// at the moment is left to the next call.
+func (m *Manager) Expire(ctx context.Context) error {
+	_, err := m.expire(ctx)
+	return err
+}
+
+func (m *Manager) expire(ctx context.Context) (deleted []string, err error) {
+	st, err := m.store(ctx)
+	if err != nil {
+		return nil, err
+	}
+	all, err := st.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	for _, ws := range all {
+		if !expired(ws) {
+			continue
+		}
+		h, err := m.holdRow(ctx, ws, 0)
+		if errors.Is(err, api.ErrBusy) || errors.Is(err, api.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		// It may have been given more time since it was listed.
+		if expired(h.Workspace) {
+			if err := h.destroy(context.WithoutCancel(ctx)); err != nil {
+				errs = append(errs, fmt.Errorf("deleting workspace %s, whose time is over: %w", label(h.Workspace), err))
+			} else {
+				deleted = append(deleted, h.WorkspaceID)
+			}
+		}
+		h.release()
+	}
+	return deleted, errors.Join(errs...)
+}
+
+// PruneWorkspaces deletes expired and failed workspaces and removes what killed
+// processes have left.
+func (m *Manager) PruneWorkspaces(ctx context.Context) (*api.PruneResult, error) {
+	before := diskUsage(m.state.Path())
+	deleted, err := m.expire(ctx)
+	errs := []error{err}
+	st, err := m.store(ctx)
+	if err != nil {
+		return nil, err
+	}
+	all, err := st.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	known := map[string]bool{}
+	for _, ws := range all {
+		known[ws.WorkspaceID] = true
+		if ws, err = m.look(ctx, ws); err != nil || ws.State != api.StateFailed {
+			continue
+		}
+		if _, err := m.DeleteWorkspace(ctx, ws.WorkspaceID); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		deleted = append(deleted, ws.WorkspaceID)
+	}
+	orphans, err := m.removeOrphans(ctx, known)
+	errs = append(errs, err)
+	layers, err := m.collect(ctx)
+	errs = append(errs, err)
+	return &api.PruneResult{
+		Removed:    append(append(deleted, orphans...), layers...),
+		FreedBytes: max(0, before-diskUsage(m.state.Path())),
+	}, errors.Join(errs...)
+}
+
+// removeOrphans removes directories of workspaces that are in no record.
+func (m *Manager) removeOrphans(ctx context.Context, known map[string]bool) (removed []string, err error) {
+	st, err := m.store(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	for _, dir := range []string{m.state.WorkspacesDir(), m.state.MachinesDir()} {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return removed, err
+		}
+		for _, e := range entries {
+			id := e.Name()
+			if known[id] {
+				continue
+			}
+			ws := m.state.Workspace(id)
+			lock, err := hostproc.TryLock(ws.LockFile())
+			if errors.Is(err, api.ErrBusy) {
+				continue // just being made
+			}
+			if _, getErr := st.Get(ctx, id); !errors.Is(getErr, api.ErrNotFound) {
+				lock.Close()
+				continue // made since the list
+			}
+			if dir == m.state.MachinesDir() {
+				// Machines of runs are Reap's: their lock says whether they live.
+				if supervisor.Ephemeral(m.state.Machine(id)) {
+					lock.Close()
+					continue
+				}
+				err = supervisor.Remove(ctx, m.state.Machine(id))
+			} else {
+				err = gvisor.RemoveDir(ctx, ws.Path())
+			}
+			lock.Close()
+			if err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			removed = append(removed, id)
+		}
+	}
+	return removed, errors.Join(errs...)
+}
+
+// UpdateWorkspace changes a workspace's name, labels or expiry.
+func (m *Manager) UpdateWorkspace(ctx context.Context, ref string, u api.WorkspaceUpdate) (*api.Workspace, error) {
+	if u.Name != nil && *u.Name != "" {
+		if err := checkName(*u.Name); err != nil {
+			return nil, err
+		}
+	}
+	h, err := m.hold(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	defer h.release()
+	err = h.update(ctx, func(ws *store.Workspace) error {
+		if u.Name != nil {
+			ws.Name = u.Name
+			if *u.Name == "" {
+				ws.Name = nil
+			}
+		}
+		for k, v := range u.SetLabels {
+			ws.Labels[k] = v
+		}
+		for _, k := range u.ClearLabels {
+			delete(ws.Labels, k)
+		}
+		if u.TTL != nil {
+			setExpiry(ws, *u.TTL)
+		}
+		return checkLabels(ws.Labels)
+	}, store.Event{Kind: eventUpdated})
+	if err != nil {
+		return nil, fmt.Errorf("updating workspace %s: %w", label(h.Workspace), err)
+	}
+	if u.TTL != nil && (h.State == api.StateStarted || h.State == api.StatePaused) {
+		if err := supervisor.NewClient(h.machine()).SetExpiry(ctx, timeLeft(h.Workspace)); err != nil {
+			return nil, fmt.Errorf("telling the supervisor of workspace %s: %w", label(h.Workspace), err)
+		}
+	}
+	return &h.Workspace.Workspace, nil
+}
+
+// Workspaces lists workspaces, the latest activity first.
+func (m *Manager) Workspaces(ctx context.Context, filter api.WorkspaceFilter) ([]api.Workspace, error) {
+	st, err := m.store(ctx)
+	if err != nil {
+		return nil, err
+	}
+	all, err := st.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := []api.Workspace{}
+	for _, ws := range all {
+		ws, err := m.look(ctx, ws)
+		if errors.Is(err, api.ErrNotFound) {
+			continue // deleted meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		if matches(ws.Labels, filter.Labels) {
+			out = append(out, ws.Workspace)
+		}
+	}
+	return out, nil
+}
+
+func matches(labels, wanted map[string]string) bool {
+	for k, v := range wanted {
+		if have, ok := labels[k]; !ok || have != v {
+			return false
+		}
+	}
+	return true
+}
+
+// Workspace returns one workspace as it is.
+func (m *Manager) Workspace(ctx context.Context, ref string) (*api.Workspace, error) {
+	ws, err := m.find(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	return &ws.Workspace, nil
+}

@@ -1,0 +1,162 @@
+package pyro
+
+import (
+	"context"
+
+	"github.com/pyro-mcp/pyro/api"
+)
+
+// CreateWorkspace makes a workspace, seeds it with files of this host, starts
+// it, and returns when it is ready for commands. On an error, and if ctx ends
+// first, nothing of it is left.
+func (c *Client) CreateWorkspace(ctx context.Context, req api.CreateRequest) (*api.Workspace, error) {
+	return c.m.CreateWorkspace(ctx, req)
+}
+
+// In all of the following ref is a workspace's id, a unique prefix of that, or
+// its name. None such is api.ErrNotFound.
+
+// Workspaces lists workspaces, the one with the latest activity first.
+func (c *Client) Workspaces(ctx context.Context, filter api.WorkspaceFilter) ([]api.Workspace, error) {
+	return c.m.Workspaces(ctx, filter)
+}
+
+// Workspace returns one workspace as it is.
+func (c *Client) Workspace(ctx context.Context, ref string) (*api.Workspace, error) {
+	return c.m.Workspace(ctx, ref)
+}
+
+// UpdateWorkspace changes a workspace's name, labels or expiry.
+func (c *Client) UpdateWorkspace(ctx context.Context, ref string, u api.WorkspaceUpdate) (*api.Workspace, error) {
+	return c.m.UpdateWorkspace(ctx, ref, u)
+}
+
+// StartWorkspace boots a stopped workspace from its disk; one that runs is a
+// success. progress may be nil.
+func (c *Client) StartWorkspace(ctx context.Context, ref string, progress func(api.Progress)) (*api.Workspace, error) {
+	return c.m.StartWorkspace(ctx, ref, progress)
+}
+
+// StopWorkspace ends a workspace's machine and keeps its disk, flushed; one
+// that is stopped is a success.
+func (c *Client) StopWorkspace(ctx context.Context, ref string) (*api.Workspace, error) {
+	return c.m.StopWorkspace(ctx, ref)
+}
+
+// DeleteWorkspace removes a workspace with everything that is its own.
+func (c *Client) DeleteWorkspace(ctx context.Context, ref string) (*api.DeleteResult, error) {
+	return c.m.DeleteWorkspace(ctx, ref)
+}
+
+// PruneWorkspaces deletes the workspaces whose time is over or that never came
+// to be, and removes what killed processes have left.
+func (c *Client) PruneWorkspaces(ctx context.Context) (*api.PruneResult, error) {
+	return c.m.PruneWorkspaces(ctx)
+}
+
+// Expire deletes the workspaces whose time is over.
+func (c *Client) Expire(ctx context.Context) error { return c.m.Expire(ctx) }
+
+// Exec runs one command in a running workspace and records it in the journal. A
+// command that exits non-zero or times out is a result, not an error.
+func (c *Client) Exec(ctx context.Context, ref string, req api.ExecRequest) (*api.ExecResult, error) {
+	return c.m.Exec(ctx, ref, req)
+}
+
+// StartExec starts a command that goes on when this process ends, and returns
+// its entry in the journal, which [Client.Logs] shows. Its streams and terminal
+// must not be set.
+func (c *Client) StartExec(ctx context.Context, ref string, req api.ExecRequest) (*api.CommandRecord, error) {
+	return c.m.StartExec(ctx, ref, req)
+}
+
+// Logs returns a workspace's journal of commands, oldest first.
+func (c *Client) Logs(ctx context.Context, ref string, q api.LogsQuery) (*api.WorkspaceLogs, error) {
+	return c.m.Logs(ctx, ref, q)
+}
+
+// Summary tells what happened in a workspace since its last reset.
+func (c *Client) Summary(ctx context.Context, ref string) (*api.Summary, error) {
+	return c.m.Summary(ctx, ref)
+}
+
+// SyncPush copies files of this host into a running workspace, all of them or
+// none.
+func (c *Client) SyncPush(ctx context.Context, ref string, req api.SyncRequest) (*api.SyncResult, error) {
+	return c.m.SyncPush(ctx, ref, req)
+}
+
+// ListFiles lists a directory below /workspace, one level or all of it, or one
+// file.
+func (c *Client) ListFiles(ctx context.Context, ref, path string, recursive bool) (*api.FileList, error) {
+	return c.m.ListFiles(ctx, ref, path, recursive)
+}
+
+// ReadFile reads at most maxBytes bytes of a file below /workspace, from offset
+// on.
+func (c *Client) ReadFile(ctx context.Context, ref, path string, offset, maxBytes int64) (*api.FileRead, error) {
+	return c.m.ReadFile(ctx, ref, path, offset, maxBytes)
+}
+
+// WriteFile writes a file below /workspace, all of it or nothing. It takes up
+// to 1 MiB.
+func (c *Client) WriteFile(ctx context.Context, ref, path string, content []byte) (*api.FileWrite, error) {
+	return c.m.WriteFile(ctx, ref, path, content)
+}
+
+// ApplyPatch applies a unified or git-style patch to the workspace's files, all
+// of it or nothing.
+func (c *Client) ApplyPatch(ctx context.Context, ref string, text []byte) (*api.PatchResult, error) {
+	return c.m.ApplyPatch(ctx, ref, text)
+}
+
+// Diff compares a running workspace's files with its seed or a snapshot.
+func (c *Client) Diff(ctx context.Context, ref string, req api.DiffRequest) (*api.Diff, error) {
+	return c.m.Diff(ctx, ref, req)
+}
+
+// Export copies a file or directory out of a running workspace, to a path at
+// which nothing is yet.
+func (c *Client) Export(ctx context.Context, ref string, req api.ExportRequest) (*api.ExportResult, error) {
+	return c.m.Export(ctx, ref, req)
+}
+
+// CreateSnapshot saves a workspace's whole disk under a name. What runs in it
+// goes on.
+func (c *Client) CreateSnapshot(ctx context.Context, ref, name string) (*api.Snapshot, error) {
+	return c.m.CreateSnapshot(ctx, ref, name)
+}
+
+// Snapshots lists a workspace's snapshots, oldest first.
+func (c *Client) Snapshots(ctx context.Context, ref string) ([]api.Snapshot, error) {
+	return c.m.Snapshots(ctx, ref)
+}
+
+// DeleteSnapshot forgets a snapshot and gives back the room that nothing else
+// needs.
+func (c *Client) DeleteSnapshot(ctx context.Context, ref, name string) error {
+	return c.m.DeleteSnapshot(ctx, ref, name)
+}
+
+// Reset rebuilds a workspace from a snapshot, "" for the baseline. Its identity,
+// labels, snapshots and the base of its diff stay. If it fails the workspace is
+// stopped, with its files as they were. progress may be nil.
+func (c *Client) Reset(ctx context.Context, ref, snapshot string, progress func(api.Progress)) (*api.Workspace, error) {
+	return c.m.Reset(ctx, ref, snapshot, progress)
+}
+
+// DiskList lists a path of a stopped workspace's disk without running anything.
+func (c *Client) DiskList(ctx context.Context, ref, path string, recursive bool) (*api.DiskList, error) {
+	return c.m.DiskList(ctx, ref, path, recursive)
+}
+
+// DiskRead reads a regular file of a stopped workspace's disk.
+func (c *Client) DiskRead(ctx context.Context, ref, path string, maxBytes int64) (*api.DiskRead, error) {
+	return c.m.DiskRead(ctx, ref, path, maxBytes)
+}
+
+// DiskExport writes a stopped workspace's disk as one raw ext4 image, to a path
+// at which nothing is yet.
+func (c *Client) DiskExport(ctx context.Context, ref, output string) (*api.DiskExport, error) {
+	return c.m.DiskExport(ctx, ref, output)
+}
