@@ -223,6 +223,11 @@ func (m *machine) setPausedLocked(ctx context.Context, paused bool) error {
 	if paused {
 		verb = "pause"
 	}
+	if m.stopping.Err() == nil {
+		// A runsc that is killed half-way leaves a sandbox that is the one and a
+		// record that says the other, and no later command mends that.
+		ctx = context.WithoutCancel(ctx)
+	}
 	if err := m.command(ctx, verb, m.id); err != nil {
 		return err
 	}

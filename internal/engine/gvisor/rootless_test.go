@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -69,9 +70,11 @@ func TestWithoutRoot(t *testing.T) {
 		argv []string
 	}{
 		{"plainly", []string{filepath.Join(dir, "test"), "-test.v", "-test.run", "^TestOrdinaryUser$"}},
-		{"launched", append(launch, filepath.Join(dir, "test"), "-test.v", "-test.run",
+		{"launched", append(slices.Clone(launch), filepath.Join(dir, "test"), "-test.v", "-test.run",
 			"^(TestGuest|TestDiskSurvivesStopAndStart|TestPause|TestManyAtOnce|TestOneDiskOneMachine|TestKillProcess|TestKillSupervisor|TestStartRefuses|"+
 				"TestSharedLayer|TestSeedLayer|TestEveryLayerCounts|TestSnapshotHasWhatWasFlushed|TestSnapshotOfPaused|TestSnapshotGivenUp|TestKillSupervisorFreezing)$")},
+		{"suite", append(slices.Clone(launch), filepath.Join(dir, "test"), "-test.v", "-test.run",
+			"^TestSuite$/^(DiskElsewhere|SnapshotDisk|ManySnapshots|SnapshotWhileWriting|SnapshotRefused|SnapshotThenKilled|KilledWhileFreezing)$")},
 	} {
 		t.Run(run.name, func(t *testing.T) {
 			cmd := exec.Command(run.argv[0], run.argv[1:]...)

@@ -69,6 +69,9 @@ func (m *machine) held(ctx context.Context, f func() error) (time.Duration, erro
 	m.pauseMu.Lock()
 	defer m.pauseMu.Unlock()
 	was := m.paused
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
 	if err := m.setPausedLocked(ctx, true); err != nil {
 		return 0, err
 	}
