@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -163,6 +164,8 @@ func TestMergeLayer(t *testing.T) {
 			if s.digest(t, s.without(i)...) == want {
 				t.Fatal("the layer holds nothing that would be missed")
 			}
+			// The upper layer gets what the lower one holds and nothing from below.
+			most := usedBytes(t, s.layers[i]) + usedBytes(t, s.layers[i+1]) + 4*cluster
 			e := qemu.New(qemu.Options{})
 			for range 2 { // the second time there is nothing left to do
 				if err := e.MergeLayer(t.Context(), s.layers, i, s.root); err != nil {
@@ -177,10 +180,22 @@ func TestMergeLayer(t *testing.T) {
 				if s.digest(t, s.layers[:i+1]...) != lower {
 					t.Error("the merged layer was changed itself")
 				}
+				if n := usedBytes(t, s.layers[i+1]); n > most {
+					t.Errorf("the upper layer takes %d bytes, want at most %d", n, most)
+				}
 				run(t, "qemu-img", "check", "-q", s.layers[i+1])
 			}
 		})
 	}
+}
+
+func usedBytes(t *testing.T, path string) int64 {
+	t.Helper()
+	st, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st.Sys().(*syscall.Stat_t).Blocks * 512
 }
 
 // The header of a layer lies: nothing may follow it.
