@@ -103,3 +103,9 @@ func (c *Client) Prune(ctx context.Context, all bool) (api.PruneResult, error) {
 func (c *Client) Doctor(ctx context.Context, environment string) (*api.DoctorReport, error) {
 	return c.m.Doctor(ctx, environment)
 }
+
+// RepairState makes lost or damaged records of workspaces again, from the copies
+// that lie with the workspaces. Nothing that is whole is touched.
+func (c *Client) RepairState(ctx context.Context) (*api.RepairResult, error) {
+	return c.m.RepairState(ctx)
+}

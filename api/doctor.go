@@ -37,6 +37,16 @@ type EnvironmentReport struct {
 	State  string `json:"state"`
 }
 
+// RepairResult says what doctor --repair did to the records of workspaces.
+type RepairResult struct {
+	Repaired bool   `json:"repaired"` // false if there was nothing to do
+	Damage   string `json:"damage"`   // what was wrong
+	// MovedTo is where the damaged database lies now, "" if there was none.
+	MovedTo    string         `json:"moved_to"`
+	Workspaces int            `json:"workspaces"`
+	Skipped    []SkippedEntry `json:"skipped"` // what could not be taken in
+}
+
 // DoctorReport is everything doctor found.
 type DoctorReport struct {
 	CacheDir        string             `json:"cache_dir"`

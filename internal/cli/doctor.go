@@ -7,21 +7,58 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/boundedlog"
 )
 
 func newDoctorCmd(a *app) *cobra.Command {
 	var environment string
+	var repair bool
 	cmd := &cobra.Command{
 		Use: "doctor", Short: "Say what works on this host and what would mend the rest",
 		Long: `Doctor looks at every engine and says whether it works here and, if not, why and
 what mends it; it changes nothing. Its exit status is 0 only if at least one
-engine that isolates works.`,
+engine that isolates works.
+
+With --repair it makes lost or damaged records of workspaces again, from copies
+that lie with the workspaces. Nothing that is whole is touched.`,
 		Example: "  pyro doctor\n  pyro doctor --environment debian:12 --json",
 		Args:    args(cobra.NoArgs),
-		RunE:    func(cmd *cobra.Command, _ []string) error { return runDoctor(cmd.Context(), a, environment) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if repair {
+				return runRepair(cmd.Context(), a)
+			}
+			return runDoctor(cmd.Context(), a, environment)
+		},
 	}
 	cmd.Flags().StringVar(&environment, "environment", "", "look at this environment too: cold, warm or stale")
+	cmd.Flags().BoolVar(&repair, "repair", false, "make lost or damaged records of workspaces again")
 	return cmd
+}
+
+func runRepair(ctx context.Context, a *app) error {
+	client, err := a.client(ctx)
+	if err != nil {
+		return err
+	}
+	r, err := client.RepairState(ctx)
+	if err != nil {
+		return err
+	}
+	if a.json {
+		return a.printJSON(r)
+	}
+	if !r.Repaired {
+		_, err := fmt.Fprintf(a.Out, "nothing to repair: the records of %d workspaces are whole\n", r.Workspaces)
+		return err
+	}
+	fmt.Fprintf(a.Out, "repaired: %s\nthe records of %d workspaces are back\n", boundedlog.Printable(r.Damage), r.Workspaces)
+	if r.MovedTo != "" {
+		fmt.Fprintf(a.Out, "the damaged file is at %s\n", r.MovedTo)
+	}
+	for _, s := range r.Skipped {
+		fmt.Fprintf(a.Err, "pyro: left out %s: %s\n", boundedlog.Printable(s.Path), boundedlog.Printable(s.Reason))
+	}
+	return nil
 }
 
 func runDoctor(ctx context.Context, a *app, environment string) error {

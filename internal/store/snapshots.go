@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"encoding/json"
 	"errors"
+	"slices"
 
 	"github.com/pyro-mcp/pyro/api"
 )
@@ -76,6 +77,45 @@ func (s *Store) DeleteSnapshot(ctx context.Context, id, name string) error {
 			return err
 		}
 		return exec1(ctx, tx, noSnapshot(id, name), "DELETE FROM snapshots WHERE workspace = ? AND name = ?", id, name)
+	})
+	if err != nil {
+		return err
+	}
+	s.writeCopy(ctx, id, false)
+	return nil
+}
+
+// DropLayer takes a layer out of the disks of the workspace with that id and of
+// all its snapshots, because the layer above it holds everything now.
+func (s *Store) DropLayer(ctx context.Context, id, layer string) error {
+	without := func(chain []string) []string {
+		return slices.DeleteFunc(slices.Clone(chain), func(l string) bool { return l == layer })
+	}
+	err := s.write(ctx, durable, func(tx *sql.Tx) error {
+		w, err := getWorkspace(ctx, tx, id)
+		if err != nil {
+			return err
+		}
+		w.Layers = without(w.Layers)
+		if err := updateRow(ctx, tx, &w.Workspace); err != nil {
+			return err
+		}
+		snapshots, err := listSnapshots(ctx, tx, id)
+		if err != nil {
+			return err
+		}
+		for _, sn := range snapshots {
+			sn.Chain = without(sn.Chain)
+			record, err := json.Marshal(sn)
+			if err != nil {
+				return err
+			}
+			if err := exec1(ctx, tx, noSnapshot(id, sn.SnapshotName), "UPDATE snapshots SET record = ? WHERE workspace = ? AND name = ?",
+				string(record), id, sn.SnapshotName); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 	if err != nil {
 		return err

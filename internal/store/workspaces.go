@@ -250,6 +250,21 @@ func (s *Store) List(ctx context.Context) ([]*Workspace, error) {
 	return all, err
 }
 
+// Due returns the workspaces whose expiry is not after now by the wall clock.
+func (s *Store) Due(ctx context.Context, now time.Time) ([]*Workspace, error) {
+	var due []*Workspace
+	err := s.read(ctx, func(tx *sql.Tx) error {
+		return collect(ctx, tx, func(rows *sql.Rows) error {
+			w, err := scanWorkspace(rows.Scan)
+			if err == nil {
+				due = append(due, &w.Workspace)
+			}
+			return err
+		}, "SELECT "+workspaceColumns+" FROM workspaces WHERE expires_at <= ?", now.UnixNano())
+	})
+	return due, err
+}
+
 // Update changes the workspace with that id by change and adds events to its
 // history, both or neither. Nobody else changes it between what change sees and
 // what it leaves. change must not itself change the store, which would wait for
@@ -275,21 +290,26 @@ func (s *Store) Update(ctx context.Context, id string, change func(*Workspace) e
 		if err := addEvents(ctx, tx, &w.Workspace, events); err != nil {
 			return err
 		}
-		record, err := json.Marshal(w.Workspace)
-		if err != nil {
-			return err
-		}
-		return exec1(ctx, tx, notFound(id), `UPDATE workspaces SET
-			name = ?, state = ?, created_at = ?, last_activity_at = ?, expires_at = ?, command_count = ?, last_event = ?,
-			generation = generation + 1, record = ? WHERE id = ?`,
-			nameColumn(&w.Workspace), string(w.State), nanos(w.CreatedAt), nanos(w.LastActivityAt), expiryColumn(&w.Workspace),
-			w.CommandCount, w.LastEvent, string(record), id)
+		return updateRow(ctx, tx, &w.Workspace)
 	})
 	if err != nil {
 		return nil, err
 	}
 	s.writeCopy(ctx, id, false)
 	return &w.Workspace, nil
+}
+
+// updateRow writes a record in the place of the old one.
+func updateRow(ctx context.Context, tx *sql.Tx, w *Workspace) error {
+	record, err := json.Marshal(w)
+	if err != nil {
+		return err
+	}
+	return exec1(ctx, tx, notFound(w.WorkspaceID), `UPDATE workspaces SET
+		name = ?, state = ?, created_at = ?, last_activity_at = ?, expires_at = ?, command_count = ?, last_event = ?,
+		generation = generation + 1, record = ? WHERE id = ?`,
+		nameColumn(w), string(w.State), nanos(w.CreatedAt), nanos(w.LastActivityAt), expiryColumn(w),
+		w.CommandCount, w.LastEvent, string(record), w.WorkspaceID)
 }
 
 // Touch moves the time of the last activity forward to at. An earlier time

@@ -10,6 +10,8 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/store"
+	"github.com/pyro-mcp/pyro/internal/supervisor"
 )
 
 // lowSpace is how little free space is worth a word: an environment with room
@@ -44,6 +46,7 @@ func (m *Manager) Doctor(ctx context.Context, environmentName string) (*api.Doct
 		spaceFact("state", m.state.Path(), r.StateFreeBytes),
 		programFact("pyro", m.findBinary),
 		programFact("pyro-agent", m.findAgent),
+		m.databaseFact(ctx),
 	}
 	if environmentName != "" {
 		report, err := m.examine(ctx, environmentName)
@@ -53,6 +56,48 @@ func (m *Manager) Doctor(ctx context.Context, environmentName string) (*api.Doct
 		r.Environment = report
 	}
 	return r, nil
+}
+
+// databaseFact says whether the records of workspaces can be read.
+func (m *Manager) databaseFact(ctx context.Context) api.Fact {
+	f := api.Fact{Name: "workspaces"}
+	st, _, err := m.storeOnce(ctx)
+	var all []*store.Workspace
+	if err == nil {
+		all, err = st.List(ctx)
+	}
+	if err != nil {
+		f.Value, f.Remedy = err.Error(), api.Hint(err)
+		return f
+	}
+	running := 0
+	for _, ws := range all {
+		if supervisor.Alive(m.state.Machine(ws.WorkspaceID)) {
+			running++
+		}
+	}
+	f.OK, f.Value = true, fmt.Sprintf("%d, of which %d run", len(all), running)
+	return f
+}
+
+// RepairState makes the database of workspaces again from the copies of their
+// records, if it is damaged or lost.
+func (m *Manager) RepairState(ctx context.Context) (*api.RepairResult, error) {
+	if err := m.Close(); err != nil {
+		return nil, err
+	}
+	r, err := store.Repair(ctx, m.state.Database(), store.Options{WorkspacesDir: m.state.WorkspacesDir(), Logger: m.log})
+	if err != nil {
+		return nil, fmt.Errorf("repairing the records of workspaces: %w", err)
+	}
+	out := &api.RepairResult{Repaired: !r.Healthy, MovedTo: r.MovedTo, Workspaces: r.Workspaces, Skipped: r.Skipped}
+	if r.Damage != nil {
+		out.Damage = r.Damage.Error()
+	}
+	if out.Skipped == nil {
+		out.Skipped = []api.SkippedEntry{}
+	}
+	return out, nil
 }
 
 func (m *Manager) examine(ctx context.Context, name string) (*api.EnvironmentReport, error) {

@@ -164,7 +164,7 @@ func (h *held) stop(ctx context.Context) error {
 	if err := supervisor.Kill(context.WithoutCancel(ctx), h.machine()); err != nil {
 		return err
 	}
-	return h.update(ctx, func(ws *store.Workspace) error {
+	err = h.update(ctx, func(ws *store.Workspace) error {
 		ws.LastError = nil
 		if forced {
 			why := "its machine did not stop by itself and was killed"
@@ -172,6 +172,14 @@ func (h *held) stop(ctx context.Context) error {
 		}
 		return enter(ws, api.StateStopped)
 	}, store.Event{Kind: eventStopped, Detail: map[string]any{"forced": forced}})
+	if err != nil {
+		return err
+	}
+	// Layers of snapshots that were deleted while the machine stood on them.
+	if err := h.compact(ctx); err != nil {
+		h.m.log.Warn("giving back the room of deleted snapshots", "workspace", h.WorkspaceID, "error", err)
+	}
+	return nil
 }
 
 // DeleteWorkspace removes a workspace with everything that is its own.
@@ -253,12 +261,18 @@ func (m *Manager) expire(ctx context.Context) (deleted []string, err error) {
 	if err != nil {
 		return nil, err
 	}
-	all, err := st.List(ctx)
+	// Those that the wall clock says. A clock that was set back lets others
+	// live longer: their supervisors, which count for themselves, end them.
+	due, err := st.Due(ctx, time.Now())
 	if err != nil {
 		return nil, err
 	}
+	return m.expireThese(ctx, due)
+}
+
+func (m *Manager) expireThese(ctx context.Context, due []*store.Workspace) (deleted []string, err error) {
 	var errs []error
-	for _, ws := range all {
+	for _, ws := range due {
 		if !expired(ws) {
 			continue
 		}

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -97,17 +99,27 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 // store returns the database of workspaces, opened. The first call also deletes
 // the workspaces whose time is over.
 func (m *Manager) store(ctx context.Context) (*store.Store, error) {
+	st, opened, err := m.storeOnce(ctx)
+	if opened {
+		if _, err := m.expire(ctx); err != nil {
+			m.log.Warn("deleting workspaces whose time is over", "error", err)
+		}
+	}
+	return st, err
+}
+
+func (m *Manager) storeOnce(ctx context.Context) (_ *store.Store, opened bool, _ error) {
 	m.openOnce.Lock()
 	defer m.openOnce.Unlock()
 	if m.openStore != nil {
-		return m.openStore, nil
+		return m.openStore, false, nil
 	}
 	st, err := store.Open(ctx, m.state.Database(), store.Options{WorkspacesDir: m.state.WorkspacesDir(), Logger: m.log})
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	m.openStore = st
-	return st, nil
+	return st, true, nil
 }
 
 // seeds returns the store of seeds, opened.
@@ -151,7 +163,15 @@ func (m *Manager) Environments() *environment.Store { return m.environments }
 // with all, every image that no machine uses.
 func (m *Manager) Prune(ctx context.Context, all bool) (api.PruneResult, error) {
 	m.reap(ctx)
-	images, err := m.environments.Prune(ctx, environment.PruneOptions{All: all})
+	st, err := m.store(ctx)
+	if err != nil {
+		return api.PruneResult{}, err
+	}
+	inUse, err := st.EnvironmentDigests(ctx)
+	if err != nil {
+		return api.PruneResult{}, err
+	}
+	images, err := m.environments.Prune(ctx, environment.PruneOptions{All: all, InUse: slices.Collect(maps.Keys(inUse))})
 	if err != nil {
 		return api.PruneResult{}, err
 	}

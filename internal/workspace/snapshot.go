@@ -172,8 +172,10 @@ func (m *Manager) DeleteSnapshot(ctx context.Context, ref, name string) error {
 	if err := st.AppendEvent(ctx, h.WorkspaceID, eventSnapshotDeleted, map[string]any{"name": name}); err != nil {
 		return err
 	}
-	_, err = m.collect(ctx)
-	return err
+	if err := h.compact(ctx); err != nil {
+		return fmt.Errorf("giving back the room of snapshot %q: %w", name, err)
+	}
+	return nil
 }
 
 // Reset rebuilds the workspace from a snapshot: everything of later is gone,
