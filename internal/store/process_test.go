@@ -248,7 +248,7 @@ func holdTheLock(p place) error {
 		return err
 	}
 	defer s.Close()
-	_, err = s.Update(context.Background(), "a", func(w *store.Workspace) error {
+	_, _ = s.Update(context.Background(), "a", func(*store.Workspace) error {
 		fmt.Println("held")
 		_, err := os.Stdin.Read(make([]byte, 1))
 		return err
