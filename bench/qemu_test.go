@@ -138,8 +138,8 @@ func (f *fixture) supervised(b *testing.B) *guest {
 	return &guest{guestclient.New(p.DialGuest, guestclient.Options{}), func() { check(b, p.Shutdown(context.Background())) }}
 }
 
-// byHand starts the reference.
-func (f *fixture) byHand(b *testing.B) *guest {
+// byHand starts the reference, with more arguments if need be.
+func (f *fixture) byHand(b *testing.B, more ...string) *guest {
 	dir := b.TempDir()
 	overlay := filepath.Join(dir, "disk.qcow2")
 	out, err := exec.Command("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", f.image.Path, overlay).CombinedOutput()
@@ -169,6 +169,7 @@ func (f *fixture) byHand(b *testing.B) *guest {
 		"-drive", "file="+overlay+",format=qcow2,if=virtio,discard=unmap,cache=unsafe",
 		"-device", "virtio-rng-pci", "-device", "virtio-serial-pci",
 		"-chardev", "socket,id=agent,path="+socket, "-device", "virtserialport,chardev=agent,name=agent")
+	cmd.Args = append(cmd.Args, more...)
 	cmd.Stderr = &stderr
 	check(b, cmd.Start())
 	conn, err := l.Accept()

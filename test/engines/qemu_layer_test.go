@@ -79,6 +79,21 @@ func TestFrozenDiskOfARunningMachine(t *testing.T) {
 		}
 		t.Errorf("opening the disk that the machine writes: %v", err)
 	}
+	for name, wrong := range map[string]enginetest.Stack{
+		"the same disk":              stack,
+		"a layer that is not frozen": stack.On(t, append(slices.Clone(stack.Layers), stack.Disk)...),
+	} {
+		spec := subject.Spec
+		spec.ID, spec.Dir, spec.Layers, spec.Disk = "second", t.TempDir(), wrong.Layers, wrong.Disk
+		spec.Console, spec.Logger = io.Discard, slog.New(slog.DiscardHandler)
+		m, err := subject.Engine.Start(t.Context(), spec)
+		if err == nil {
+			_ = m.Stop(t.Context(), 0)
+		}
+		if !errors.Is(err, api.ErrBusy) || api.Hint(err) == "" {
+			t.Errorf("starting another machine on %s: %v (hint %q), want ErrBusy with a hint", name, err, api.Hint(err))
+		}
+	}
 	if w := writableFiles(t, g.PIDs()[0]); !slices.Equal(w, []string{stack.Disk}) {
 		t.Errorf("QEMU can write %v, want %s only", w, stack.Disk)
 	}

@@ -62,7 +62,7 @@ func (e *Engine) merge(ctx context.Context, layers []string, rootImage string) e
 		return fmt.Errorf("starting qemu: %w", err)
 	}
 	control.Close() // so that QEMU's end is the end of the connection
-	limit(cmd.Process.Pid, 0, len(layers))
+	limit(cmd.Process.Pid, 0, len(layers), disk.size)
 	err = stream(ctx, conn, below, belowPath)
 	if err != nil {
 		_ = cmd.Process.Kill()
@@ -73,10 +73,8 @@ func (e *Engine) merge(ctx context.Context, layers []string, rootImage string) e
 		// QEMU has written everything; now the host's disk has to have it, before
 		// the layer that it is in as well can be removed.
 		return disk.disk.Sync()
-	case strings.Contains(said, "Failed to get \"write\" lock"), strings.Contains(said, "Failed to get shared \"write\" lock"):
-		return api.WithHint(api.Errorf(api.ErrBusy, "a machine has the layer open"), "stop the workspaces that use it first")
 	case said != "" && ctx.Err() == nil:
-		return api.Errorf(api.ErrUnavailable, "qemu said: %s", said)
+		return refusedStart(said)
 	case err != nil:
 		return err
 	default:

@@ -83,14 +83,14 @@ func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (_ engine.M
 	m.qmp = newQMP(control, m.event)
 	go m.wait()
 	go m.connect(channel)
-	limit(cmd.Process.Pid, spec.MemMiB, len(spec.Layers))
+	limit(cmd.Process.Pid, spec.MemMiB, len(spec.Layers), disk.size)
 
 	qmpCtx, cancel := context.WithTimeout(ctx, qmpTimeout)
 	defer cancel()
 	if err := m.qmp.negotiate(qmpCtx); err != nil {
 		_ = m.Stop(context.WithoutCancel(ctx), 0)
 		if said := stderr.String(); said != "" {
-			return nil, api.WithHint(api.Errorf(api.ErrUnavailable, "starting qemu: %s", said), "%s", startHint(said))
+			return nil, fmt.Errorf("starting qemu: %w", refusedStart(said))
 		}
 		return nil, fmt.Errorf("starting qemu: %w", err)
 	}
@@ -126,15 +126,19 @@ func (e *Engine) launch(c *command, id, accel string, stderr io.Writer) (*exec.C
 	return cmd, nil
 }
 
-// startHint knows the way out of QEMU's commonest refusals.
-func startHint(said string) string {
+// refusedStart makes an error of QEMU's last words. It knows the way out of the
+// commonest refusals.
+func refusedStart(said string) error {
+	hint := "run pyro doctor; the message above is QEMU's own"
 	switch {
+	case strings.Contains(said, `"write" lock`): // one is not to be had, or somebody else's is in the way
+		return api.WithHint(api.Errorf(api.ErrBusy, "a machine or a disk tool has the disk open"), "stop the workspaces and programs that use it first")
 	case strings.Contains(said, "cannot set up guest memory"), strings.Contains(said, "Cannot allocate memory"):
-		return "the host has not that much memory free: lower --mem-mib"
+		hint = "the host has not that much memory free: lower --mem-mib"
 	case strings.Contains(said, "Permission denied"):
-		return "see what pyro doctor says about qemu"
+		hint = "see what pyro doctor says about qemu"
 	}
-	return "run pyro doctor; the message above is QEMU's own"
+	return api.WithHint(api.Errorf(api.ErrUnavailable, "%s", said), "%s", hint)
 }
 
 // confine returns how QEMU is started: in its own session, so that a terminal's
@@ -177,11 +181,12 @@ const maxFiles = 1024
 
 // limit bounds what a QEMU taken over by its guest could use up. Failing to is
 // not worth failing the start.
-func limit(pid, memMiB, layers int) {
-	// Guest memory, up to 1 GiB of translated code, and QEMU itself; and for
-	// each layer of the disk the cache of its tables, which QEMU bounds by 32 MiB
-	// (l2-cache-size in docs/qcow2-cache.txt), also for the next hundred.
-	as := uint64(memMiB+3<<10+32*(layers+100)) << 20
+func limit(pid, memMiB, layers int, diskSize int64) {
+	// Guest memory, up to 1 GiB of translated code, and QEMU itself; and for each
+	// layer, also the next hundred, the cache of the disk's tables. QEMU makes
+	// that an 8192nd of the disk's size, up to 32 MiB (docs/qcow2-cache.txt).
+	perLayer := 1 + min(32, int(diskSize>>20/8192))
+	as := uint64(memMiB+3<<10+perLayer*(layers+100)) << 20
 	for resource, max := range map[int]uint64{
 		unix.RLIMIT_AS:     as,
 		unix.RLIMIT_CORE:   0,
