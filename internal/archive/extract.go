@@ -121,6 +121,7 @@ func Extract(ctx context.Context, root *os.Root, r io.Reader, opts ExtractOption
 	// Headers count too, or an archive of nothing else would have no end.
 	src = &cappedReader{r: src, left: limits.Bytes + limits.Entries*entryOverhead + 1<<20}
 	x := &extractor{ctx: ctx, root: root, opts: opts, limits: limits, realDirs: map[string]bool{".": true}, made: map[string]bool{}}
+	defer x.forgetDir()
 	err := x.run(tar.NewReader(src))
 	return x.result, err
 }
@@ -137,6 +138,10 @@ type extractor struct {
 	made map[string]bool
 	dirs []dirMeta
 	buf  []byte
+	// last is the directory lastDir, kept open because a directory's files
+	// follow each other: in a sandbox every part of a path costs.
+	last    *os.Root
+	lastDir string
 }
 
 // maxRemembered bounds each of the extractor's sets of names.
@@ -282,6 +287,31 @@ func (x *extractor) makeDirs(name string) error {
 	return nil
 }
 
+// in returns the directory that name lies in and the name there. makeDirs has
+// made it, and an archive replaces no directory, so it stays what it is.
+func (x *extractor) in(name string) (*os.Root, string, error) {
+	dir, base := path.Split(name)
+	if dir == "" {
+		return x.root, name, nil
+	}
+	if x.last == nil || x.lastDir != dir {
+		root, err := x.root.OpenRoot(path.Clean(dir))
+		if err != nil {
+			return nil, "", pathCause(err)
+		}
+		x.forgetDir()
+		x.last, x.lastDir = root, dir
+	}
+	return x.last, base, nil
+}
+
+func (x *extractor) forgetDir() {
+	if x.last != nil {
+		_ = x.last.Close()
+		x.last = nil
+	}
+}
+
 // clear makes name free for a new file or link.
 func (x *extractor) clear(name string) error {
 	fi, err := x.root.Lstat(name)
@@ -358,11 +388,19 @@ func (x *extractor) file(tr *tar.Reader, hdr *tar.Header, name string, mode fs.F
 	if hdr.Size < 0 || hdr.Size > x.limits.Bytes-x.result.Bytes {
 		return api.Errorf(api.ErrExhausted, "the archive holds more than %d bytes", x.limits.Bytes)
 	}
-	if err := x.clear(name); err != nil {
+	dir, base, err := x.in(name)
+	if err != nil {
 		return err
 	}
 	// O_EXCL also refuses a link that somebody has put there meanwhile.
-	f, err := x.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	const flags = os.O_WRONLY | os.O_CREATE | os.O_EXCL
+	f, err := dir.OpenFile(base, flags, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		if err := x.clear(name); err != nil {
+			return err
+		}
+		f, err = dir.OpenFile(base, flags, 0o600)
+	}
 	if err != nil {
 		return pathCause(err)
 	}
@@ -376,10 +414,10 @@ func (x *extractor) file(tr *tar.Reader, hdr *tar.Header, name string, mode fs.F
 		err = pathCause(e)
 	}
 	if err != nil {
-		_ = x.root.Remove(name) // never half a file under its final name
+		_ = dir.Remove(base) // never half a file under its final name
 		return err
 	}
-	_ = x.root.Chtimes(name, hdr.ModTime, hdr.ModTime)
+	_ = dir.Chtimes(base, hdr.ModTime, hdr.ModTime)
 	x.result.Entries++
 	x.result.Bytes += hdr.Size
 	x.remember(name)
