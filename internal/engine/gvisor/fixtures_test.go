@@ -171,7 +171,7 @@ func buildAgent() (string, error) {
 
 // guestTools are the programs of this host that the test image holds.
 var guestTools = []string{"sh", "cat", "ls", "sleep", "true", "sync", "hostname", "df", "dd", "mkdir", "mv", "rm",
-	"seq", "chmod", "chown", "env", "head", "mktemp", "printf", "readlink", "stat", "tail", "touch", "yes", "ln", "id", "nproc", "tee"}
+	"seq", "chmod", "chown", "env", "head", "mktemp", "printf", "readlink", "stat", "tail", "touch", "yes", "ln", "id", "nproc", "tee", "tr"}
 
 // buildImage makes a small environment from this host's own programs and their
 // libraries, so that the tests need no network.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -15,6 +16,8 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/guestclient"
+	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
 // What the guest wrote before it flushed is in a snapshot, however it flushed,
@@ -25,16 +28,61 @@ func TestSnapshotHasWhatWasFlushed(t *testing.T) {
 	guest(t, m, `cd /workspace
 		seq 100000 >synced; sync synced
 		dd if=/dev/zero of=conv bs=64k count=20 conv=fsync 2>/dev/null
-		exec 5>gone; echo open >&5; rm gone; sleep 60 <&- >/dev/null 2>&1 &
 		seq 200000 >flushed; mkdir -p a/b; echo deep >a/b/c; sync`)
-	// Not flushed at all: there or not, but no error.
+	busy(t, m, "exec 5>/workspace/gone; seq 100000 >&5; rm /workspace/gone; echo going; sleep 60")
+	// Promised to nobody, but what has reached the host is in it, too.
 	guest(t, m, "echo late >/workspace/late")
 	layer := freeze(t, m)
 	stop(t, m)
 	m = start(t, e, on(t, layer))
-	got := guest(t, m, "cd /workspace; tail -n 1 synced flushed; cat a/b/c; stat -c %s conv; ls gone 2>&1 | head -c 10")
-	if want := "==> synced <==\n100000\n\n==> flushed <==\n200000\ndeep\n1310720\nls: cannot"; got != want {
+	got := guest(t, m, "cd /workspace; tail -n 1 synced flushed; cat a/b/c late; stat -c %s conv; ls gone 2>&1 | head -c 10")
+	if want := "==> synced <==\n100000\n\n==> flushed <==\n200000\ndeep\nlate\n1310720\nls: cannot"; got != want {
 		t.Errorf("the snapshot has %q, want %q", got, want)
+	}
+}
+
+// busy runs a script in the guest that does not end, and returns when it has
+// said something.
+func busy(t *testing.T, m engine.Machine, script string) {
+	t.Helper()
+	out, in := io.Pipe()
+	go func() {
+		// Ends with the machine.
+		_, err := guestclient.New(m.DialGuest, guestclient.Options{}).Exec(context.WithoutCancel(t.Context()),
+			guestproto.ExecRequest{Command: script}, guestclient.ExecIO{Stdout: in})
+		in.CloseWithError(err)
+	}()
+	if _, err := out.Read(make([]byte, 100)); err != nil {
+		t.Fatal(err)
+	}
+	go io.Copy(io.Discard, out)
+}
+
+// A snapshot taken while the guest writes without pause is of one moment: what was
+// written after something else is never there without it, and the file system is
+// whole.
+func TestSnapshotIsOfOneMoment(t *testing.T) {
+	e := newEngine(t)
+	spec := on(t)
+	spec.VCPUCount = 2
+	m := start(t, e, spec)
+	guest(t, m, `dd if=/dev/zero bs=1M count=40 2>/dev/null | tr '\0' x >/workspace/big; sync`)
+	busy(t, m, `cd /workspace
+		{ i=0; while :; do i=$((i+1)); echo $i >a; sync a; echo $i >b; sync b; test $i != 20 || echo going; done; } &
+		while :; do n=$(((n+1)%50)); mkdir -p d/$n; seq 3000 >d/$n/f; mv d/$n/f d/g$n; rm -r d/$n; done`)
+	last := 0
+	for range 5 {
+		layer := freeze(t, m)
+		other := start(t, e, on(t, layer))
+		var a, b int
+		if _, err := fmt.Sscan(guest(t, other, "cd /workspace; cat a b 2>/dev/null; echo 0 0"), &a, &b); err != nil || a < b || a > b+1 || a <= last {
+			t.Errorf("the snapshot has a of round %d and b of round %d, %v; the one before had %d", a, b, err, last)
+		}
+		last = a
+		if got := guest(t, other, "tail -c 3 /workspace/big; stat -c %s /workspace/big"); got != fmt.Sprintf("xxx%d\n", 40<<20) {
+			t.Errorf("the large file: %q", got)
+		}
+		stop(t, other)
 	}
 }
 
