@@ -55,6 +55,7 @@ func Run(t *testing.T, s Subject) {
 		{"SnapshotRefused", testSnapshotRefused},
 		{"SnapshotThenKilled", testSnapshotThenKilled},
 		{"KilledWhileFreezing", testKilledWhileFreezing},
+		{"MergeLayer", testMergeLayer},
 		{"Refuses", testRefuses},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, s) })

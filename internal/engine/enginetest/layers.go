@@ -364,3 +364,43 @@ func testKilledWhileFreezing(t *testing.T, s Subject) {
 	g = Boot(t, s, stack.spec)
 	g.wantFiles(t, "file*", strings.Join(want, " "))
 }
+
+// testMergeLayer takes the layers out from under a stopped machine's disk.
+func testMergeLayer(t *testing.T, s Subject) {
+	merger, ok := s.Engine.(engine.LayerMerger)
+	if !ok {
+		t.Skipf("engine %s does not merge layers", s.Engine.Name())
+	}
+	var chain []string
+	for i := range 3 {
+		stack := NewStack(t).On(t, chain...)
+		g := Boot(t, s, stack.spec)
+		g.put(t, fmt.Sprintf("file%d", i), fmt.Sprint(i))
+		g.put(t, "changed", fmt.Sprint(i))
+		if i == 0 {
+			g.put(t, "gone", "1")
+		} else {
+			g.sh(t, "rm -f gone && sync .")
+		}
+		g.end(t)
+		chain = append(chain, stack.Disk)
+	}
+	for _, i := range []int{-1, 2, 3} {
+		if err := merger.MergeLayer(t.Context(), chain, i, s.Spec.RootImage); !errors.Is(err, api.ErrInvalid) {
+			t.Errorf("merging layer %d of 3: %v, want ErrInvalid", i, err)
+		}
+	}
+	for _, i := range []int{1, 0} {
+		if err := merger.MergeLayer(t.Context(), chain, i, s.Spec.RootImage); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.RemoveAll(chain[i]); err != nil {
+			t.Fatal(err)
+		}
+		chain = slices.Delete(chain, i, i+1)
+		last := len(chain) - 1
+		g := Boot(t, s, Stack{Layers: chain[:last], Disk: chain[last]}.spec)
+		g.wantFiles(t, "changed file* gone", "changed=2 file0=0 file1=1 file2=2")
+		g.end(t)
+	}
+}

@@ -32,7 +32,10 @@ import (
 // Engine implements [engine.Engine].
 type Engine struct{}
 
-var _ engine.Engine = Engine{}
+var (
+	_ engine.Engine      = Engine{}
+	_ engine.LayerMerger = Engine{}
+)
 
 // New returns the engine.
 func New() Engine { return Engine{} }
@@ -96,6 +99,15 @@ func (Engine) Start(ctx context.Context, spec engine.MachineSpec) (engine.Machin
 	m := &machine{id: spec.ID, cmd: cmd, socket: socket, disk: root, log: log, done: make(chan struct{})}
 	go m.wait()
 	return m, nil
+}
+
+// MergeLayer implements [engine.LayerMerger]. There is nothing to move: the layer
+// above is a complete copy already.
+func (Engine) MergeLayer(_ context.Context, chain []string, i int, _ string) error {
+	if i < 0 || i+1 >= len(chain) {
+		return api.Errorf(api.ErrInvalid, "layer %d of %d has no layer above it to be merged into", i, len(chain))
+	}
+	return nil
 }
 
 // machine implements [engine.Machine].
