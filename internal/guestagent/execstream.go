@@ -10,7 +10,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/creack/pty"
 	"golang.org/x/sys/unix"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -83,28 +82,6 @@ func (q *request) start(req *guestproto.ExecRequest, out sink, in *input) (*exec
 		}
 	}
 	return e, nil
-}
-
-func openTerminal(size *guestproto.Resize) (master, slave *os.File, err error) {
-	master, slave, err = pty.Open()
-	if err != nil {
-		return nil, nil, api.Errorf(api.ErrUnavailable, "opening a terminal: %w", err)
-	}
-	if size.Cols > 0 && size.Rows > 0 {
-		_ = pty.Setsize(master, &pty.Winsize{Cols: size.Cols, Rows: size.Rows})
-	}
-	// Reads of the master must be able to end while they wait: give it to the
-	// runtime's poller, which the library does not.
-	fd, err := unix.FcntlInt(master.Fd(), unix.F_DUPFD_CLOEXEC, 3)
-	_ = master.Close()
-	if err == nil {
-		err = unix.SetNonblock(fd, true)
-	}
-	if err != nil {
-		_ = slave.Close()
-		return nil, nil, api.Errorf(api.ErrUnavailable, "opening a terminal: %w", err)
-	}
-	return os.NewFile(uintptr(fd), "terminal"), slave, nil
 }
 
 // execStream runs a command with everything flowing while it runs.
@@ -335,39 +312,16 @@ func (in *input) closeStdin() {
 }
 
 func (in *input) resize(size guestproto.Resize) {
-	if in.terminal == nil || size.Cols == 0 || size.Rows == 0 {
-		return
+	if in.terminal != nil {
+		resizeTerminal(in.terminal, in.cmd, size)
 	}
-	raw, err := in.terminal.SyscallConn()
-	if err != nil {
-		return
-	}
-	_ = raw.Control(func(fd uintptr) {
-		_ = unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &unix.Winsize{Row: size.Rows, Col: size.Cols})
-		if _, err := unix.IoctlGetInt(int(fd), unix.TIOCGPGRP); err != nil {
-			// gVisor (2026-05) knows no foreground group on a master and sends
-			// no SIGWINCH by itself.
-			in.cmd.Signal(unix.SIGWINCH)
-		}
-	})
 }
 
 // signal reaches the foreground of a terminal, else the command's group.
 func (in *input) signal(sig syscall.Signal) {
-	if in.terminal != nil {
-		if raw, err := in.terminal.SyscallConn(); err == nil {
-			sent := false
-			_ = raw.Control(func(fd uintptr) {
-				if group, err := unix.IoctlGetInt(int(fd), unix.TIOCGPGRP); err == nil && group > 1 {
-					sent = unix.Kill(-group, sig) == nil
-				}
-			})
-			if sent {
-				return
-			}
-		}
+	if in.terminal == nil || !signalForeground(in.terminal, sig) {
+		in.cmd.Signal(sig)
 	}
-	in.cmd.Signal(sig)
 }
 
 // watchCaller ends the request when a caller of the plain form hangs up. A

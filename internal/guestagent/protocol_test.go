@@ -148,7 +148,7 @@ func describe(typ guestproto.FrameType, p []byte) string {
 		return name + "\n"
 	case p[0] == '{':
 		return name + " " + string(p) + "\n"
-	case typ == guestproto.FrameData:
+	case typ == guestproto.FrameData && len(p) > 512:
 		return fmt.Sprintf("%s of %d bytes\n", name, len(p))
 	}
 	return name + " " + strconv.Quote(string(p)) + "\n"
