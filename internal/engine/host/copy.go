@@ -61,6 +61,9 @@ func copyTree(ctx context.Context, from, to string) (skipped int, err error) {
 		return 0, err
 	}
 	defer func() {
+		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+			err = api.WithHint(api.Errorf(api.ErrExhausted, "%s", engine.ReasonHostDiskFull), "free space there, or remove workspaces and snapshots")
+		}
 		if err != nil {
 			err = errors.Join(err, discard(tmp))
 		}

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -149,8 +150,13 @@ func (e *Engine) createOverlay(ctx context.Context, path, below, belowFormat str
 	}()
 	// -u: what lies below is not opened. Its size is known, a running machine
 	// may hold its lock, and qemu-img would follow the names in its header.
-	out, err := exec.CommandContext(ctx, e.imgTool, "create", "-q", "-u", "-f", "qcow2", "-F", belowFormat, "-b", below,
-		tmp, strconv.FormatInt(size, 10)).CombinedOutput()
+	cmd := exec.CommandContext(ctx, e.imgTool, "create", "-q", "-u", "-f", "qcow2", "-F", belowFormat, "-b", below,
+		tmp, strconv.FormatInt(size, 10))
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	out, err := cmd.CombinedOutput()
+	if hostDiskFull(string(out)) {
+		return errHostDiskFull
+	}
 	if err != nil {
 		return fmt.Errorf("running %s: %w: %s", filepath.Base(e.imgTool), err, bytes.TrimSpace(out))
 	}
@@ -158,7 +164,11 @@ func (e *Engine) createOverlay(ctx context.Context, path, below, belowFormat str
 		return err
 	}
 	if !ephemeral {
-		if err := syncFile(tmp); err != nil {
+		err := syncFile(tmp)
+		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+			return errHostDiskFull
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -169,6 +179,15 @@ func (e *Engine) createOverlay(ctx context.Context, path, below, belowFormat str
 		return nil
 	}
 	return dir.Sync()
+}
+
+var errHostDiskFull = api.WithHint(api.Errorf(api.ErrExhausted, "%s", engine.ReasonHostDiskFull),
+	"free space there, or remove workspaces and snapshots")
+
+// hostDiskFull reports whether a QEMU tool says so, in strerror's words for
+// ENOSPC and EDQUOT.
+func hostDiskFull(said string) bool {
+	return strings.Contains(said, "No space left on device") || strings.Contains(said, "Disk quota exceeded")
 }
 
 func syncFile(path string) error {

@@ -5,10 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
-	"strings"
 
 	"github.com/pyro-mcp/pyro/api"
-	"github.com/pyro-mcp/pyro/internal/engine"
 )
 
 // MergeLayer implements [engine.LayerMerger]. A QEMU without a machine copies:
@@ -98,8 +96,8 @@ func stream(ctx context.Context, conn net.Conn, below, belowPath string) error {
 		switch {
 		case err != nil:
 			err = fmt.Errorf("reading QEMU's event: %w", err)
-		case strings.Contains(d.Error, "No space left"): // ENOSPC in strerror's words
-			err = api.Errorf(api.ErrExhausted, "%s", engine.ReasonHostDiskFull)
+		case hostDiskFull(d.Error):
+			err = errHostDiskFull
 		case d.Error != "":
 			err = api.Errorf(api.ErrUnavailable, "qemu said: %s", d.Error)
 		}
