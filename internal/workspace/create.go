@@ -269,10 +269,7 @@ func (m *Manager) ingredients(ctx context.Context, c engine.Candidate, source se
 				return err
 			}
 			sd, err = seeds.Build(ctx, source, req.Progress)
-			if err != nil {
-				return fmt.Errorf("reading the seed %s: %w", req.SeedPath, err)
-			}
-			return nil
+			return err
 		})
 	}
 	return image, sd, g.Wait()

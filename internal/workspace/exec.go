@@ -109,8 +109,8 @@ func (m *Manager) record(ctx context.Context, id string, sequence int64, c *comm
 }
 
 // endLimit is how long whoever's connection broke waits for the supervisor to
-// write down why.
-const endLimit = 5 * time.Second
+// write down why: until a guest that is asked to power off has done so.
+const endLimit = 20 * time.Second
 
 // whyBroken finds out why a request to the guest failed: most often the machine
 // has ended, and its supervisor and its console know more than the connection.
@@ -119,8 +119,11 @@ func (m *Manager) whyBroken(ctx context.Context, ws *store.Workspace, sup *super
 		return err
 	}
 	dir := m.state.Machine(ws.WorkspaceID)
-	if reason, _ := sup.Postmortem(ctx); reason == "" && supervisor.Alive(dir) {
-		return err // the machine runs; the connection broke for another reason
+	if reason, _ := sup.Postmortem(ctx); reason == "" {
+		if _, askErr := sup.Status(ctx); askErr == nil {
+			return err // the machine runs; the connection broke for another reason
+		}
+		// Its supervisor answers nobody any more: it is ending, or gone.
 	}
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), endLimit)
 	defer cancel()

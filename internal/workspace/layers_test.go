@@ -7,7 +7,9 @@ import (
 )
 
 func TestMergeable(t *testing.T) {
-	snap := func(layer string, chain ...string) *store.Snapshot { return &store.Snapshot{Layer: layer, Chain: chain} }
+	snap := func(layer string, chain ...string) *store.Snapshot {
+		return &store.Snapshot{Layer: layer, Chain: chain}
+	}
 	for _, test := range []struct {
 		name      string
 		chain     []string

@@ -57,6 +57,14 @@ func TestScripts(t *testing.T) {
 				e.Setenv("PYRO_CACHE_DIR", filepath.Join(e.WorkDir, "cache"))
 			}
 			e.Setenv("PYRO_ENGINE", engine)
+			// Whatever a script leaves behind when it fails.
+			e.Defer(func() {
+				cmd := exec.Command(filepath.Join(programs, "pyro"), "workspace", "delete", "--all")
+				cmd.Env = append(os.Environ(), "PYRO_STATE_DIR="+e.Getenv("PYRO_STATE_DIR"), "PYRO_CACHE_DIR="+e.Getenv("PYRO_CACHE_DIR"))
+				if out, err := cmd.CombinedOutput(); err != nil {
+					t.Logf("removing workspaces: %v: %s", err, out)
+				}
+			})
 			return nil
 		},
 		Condition: func(cond string) (bool, error) {
@@ -78,6 +86,7 @@ func TestScripts(t *testing.T) {
 			"nothing":  cmdNothing,
 			"field":    cmdField,
 			"peak":     cmdPeak,
+			"gone":     cmdGone,
 		},
 	})
 }
@@ -117,8 +126,13 @@ func cmdPyro(ts *testscript.TestScript, neg bool, args []string) {
 	if neg {
 		ts.Fatalf("use status after pyro, not !")
 	}
-	if len(args) > 0 && args[0] == "run" && !slices.Contains(args, "--no-compat") {
-		args = slices.Insert(slices.Clone(args), 1, "--allow-host-compat")
+	if !slices.Contains(args, "--no-compat") {
+		switch {
+		case len(args) > 0 && args[0] == "run":
+			args = slices.Insert(slices.Clone(args), 1, "--allow-host-compat")
+		case len(args) > 1 && args[0] == "workspace" && args[1] == "create":
+			args = slices.Insert(slices.Clone(args), 2, "--allow-host-compat")
+		}
 	}
 	args = slices.DeleteFunc(slices.Clone(args), func(a string) bool { return a == "--no-compat" })
 	err := ts.Exec("pyro", args...)
@@ -253,6 +267,20 @@ func cmdNothing(ts *testscript.TestScript, neg bool, args []string) {
 			ts.Fatalf("left behind: %s", strings.Join(left, "; "))
 		}
 	}
+}
+
+// cmdGone waits up to half a minute until there is no workspace of that name.
+func cmdGone(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: gone WORKSPACE")
+	}
+	for began := time.Now(); time.Since(began) < 30*time.Second; time.Sleep(50 * time.Millisecond) {
+		var exit *exec.ExitError
+		if err := command(ts, "workspace", "status", args[0]).Run(); errors.As(err, &exit) && exit.ExitCode() == 3 {
+			return
+		}
+	}
+	ts.Fatalf("workspace %s is still there", args[0])
 }
 
 // leftovers lists machine directories, and processes that have the state
