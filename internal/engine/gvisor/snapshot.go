@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"time"
@@ -111,6 +112,7 @@ func (m *machine) snapshotImage(ctx context.Context, spare string) (err error) {
 	if err := m.syncLayer(); err != nil {
 		return err
 	}
+	m.trimLayer()
 	var copied int64
 	paused, err := m.held(ctx, func() (err error) {
 		for range copyAttempts {
@@ -162,6 +164,25 @@ func (m *machine) syncLayer() error {
 		}
 		return nil
 	})
+}
+
+// fiTrim is FITRIM, _IOWR('X', 121, struct fstrim_range), linux/fs.h.
+const fiTrim = 0xc0185879
+
+// trimLayer frees the places in the layer's image where deleted files were, which
+// would be copied with it. It does what it can.
+func (m *machine) trimLayer() {
+	err := m.ns.do(func() error {
+		dir, err := os.Open(m.stage.layer())
+		if err != nil {
+			return err
+		}
+		defer dir.Close()
+		return ioctlPointer(dir.Fd(), fiTrim, &struct{ start, length, least uint64 }{0, math.MaxUint64, 64 << 10})
+	})
+	if err != nil {
+		m.logger.Debug("freeing unused blocks of the disk", "err", err)
+	}
 }
 
 // transactions tells states of the layer's journal apart, "" where the kernel
