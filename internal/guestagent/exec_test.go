@@ -114,7 +114,7 @@ func TestExecRefusals(t *testing.T) {
 		{"bad variable", guestproto.ExecRequest{Command: "true", Env: map[string]string{"A=B": "c"}}, "impossible variable"},
 		{"NUL", guestproto.ExecRequest{Argv: []string{"echo", "a\x00b"}}, "NUL"},
 		{"large", guestproto.ExecRequest{Command: strings.Repeat("x", guestproto.MaxLine)}, "limit"},
-		{"newer protocol", guestproto.ExecRequest{Envelope: guestproto.Envelope{Version: 99}, Command: "true"}, "needs protocol version 99, the guest agent speaks 2"},
+		{"newer protocol", guestproto.ExecRequest{Envelope: guestproto.Envelope{Version: 99}, Command: "true"}, fmt.Sprintf("needs protocol version 99, the guest agent speaks %d", guestproto.Version)},
 	}
 	if err := os.WriteFile(filepath.Join(a.root, "file"), nil, 0o644); err != nil {
 		t.Fatal(err)

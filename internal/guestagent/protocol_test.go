@@ -220,7 +220,7 @@ func TestDocumentedClient(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	if d := cmp.Diff("2\n3\nSHOUT\n1\nhello\n", string(out)); d != "" {
+	if d := cmp.Diff(fmt.Sprintf("%d\n3\nSHOUT\n1\nhello\n", guestproto.Version), string(out)); d != "" {
 		t.Error(d)
 	}
 }

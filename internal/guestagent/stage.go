@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -51,7 +52,7 @@ func newStage(root string, target *directory) (*stage, error) {
 	var random [16]byte
 	_, _ = rand.Read(random[:]) // never fails
 	name := stagePrefix + hex.EncodeToString(random[:])
-	why := error(api.Errorf(api.ErrUnsupported, "it is a file system of its own; a sync has to stay on the one of %s", defaultCwd))
+	var why error
 	for _, dir := range stageParents {
 		parent, err := top.OpenRoot(dir)
 		if err != nil {
@@ -76,7 +77,10 @@ func newStage(root string, target *directory) (*stage, error) {
 		}
 		return &stage{root: r, parent: parent, name: name}, nil
 	}
-	return nil, fileError(defaultCwd, why)
+	if why == nil {
+		return nil, api.Errorf(api.ErrUnsupported, "the place lies on a file system of its own, not on that of %s", defaultCwd)
+	}
+	return nil, fmt.Errorf("making a stage: %w", fileError(defaultCwd, why))
 }
 
 // moveTo renames name, which lies in the stage itself, to base in dir.
