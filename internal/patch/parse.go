@@ -280,6 +280,8 @@ func (p *parser) gitFile() error {
 		return api.Errorf(api.ErrInvalid, "line %d of the patch: it does not say which file is meant", f.line)
 	}
 	switch {
+	case (f.rename || f.copy) && (f.old == "" || f.cur == "" || f.create || f.remove):
+		return api.Errorf(api.ErrInvalid, "line %d of the patch: the rename or copy of %.200q has not just two names", f.line, f.path())
 	case f.create && f.remove:
 		return api.Errorf(api.ErrInvalid, "line %d of the patch: %.200q is both new and deleted", f.line, f.path())
 	case f.create:

@@ -307,6 +307,9 @@ func randomTree(r *rand.Rand, t tree) tree {
 
 func (t tree) write(tb testing.TB, dir string) {
 	tb.Helper()
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		tb.Fatal(err)
+	}
 	for p, n := range t {
 		full := filepath.Join(dir, p)
 		err := os.MkdirAll(filepath.Dir(full), 0o755)
