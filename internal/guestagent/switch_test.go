@@ -11,11 +11,13 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
@@ -44,6 +46,11 @@ func syncTree(t *testing.T, root string) {
 	}
 	if err := os.Chmod(filepath.Join(ws, "tree", "deep"), 0o711); err != nil {
 		t.Fatal(err)
+	}
+	if os.Geteuid() == 0 {
+		if err := os.Chown(filepath.Join(ws, "tree", "deep"), 1234, 5678); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
@@ -106,6 +113,9 @@ func snapshot(t *testing.T, dir string) map[string]string {
 		}
 		rel, _ := filepath.Rel(dir, p)
 		text := fi.Mode().String()
+		if st := fi.Sys().(*syscall.Stat_t); int(st.Uid) != os.Geteuid() {
+			text += fmt.Sprintf(" of %d:%d", st.Uid, st.Gid)
+		}
 		switch {
 		case fi.Mode().IsRegular():
 			b, err := os.ReadFile(p)
@@ -311,6 +321,62 @@ func checkSynced(t *testing.T, root string) {
 		if fi, err := os.Stat(filepath.Join(root, "workspace", name)); err != nil || fi.ModTime().Unix() != 1_000_000_000 {
 			t.Errorf("%s has the time %v, %v", name, fi.ModTime(), err)
 		}
+	}
+}
+
+// TestGuestTakesTheName is a process of the guest that makes a file in the
+// middle of a sync which adds one of that name: neither is lost.
+func TestGuestTakesTheName(t *testing.T) {
+	root := t.TempDir()
+	syncTree(t, root)
+	w, plan := newSwitch(t, root)
+	theirs := filepath.Join(root, "workspace", "merge", "add")
+	w.beforeStep = func() error {
+		w.beforeStep = nil
+		return os.WriteFile(theirs, []byte("theirs"), 0o644)
+	}
+	before := snapshot(t, filepath.Join(root, "workspace"))
+	if err := w.execute(plan); !errors.Is(err, api.ErrExists) {
+		t.Errorf("error %v", err)
+	}
+	if err := w.rollBack(); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(theirs); err != nil || string(b) != "theirs" {
+		t.Errorf("their file holds %q, %v", b, err)
+	}
+	if err := os.Remove(theirs); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(before, snapshot(t, filepath.Join(root, "workspace"))); d != "" {
+		t.Error(d)
+	}
+}
+
+// TestGuestRemovesWhatCame is a process of the guest that removes a new file
+// before the sync goes back, and an agent that dies while it does: the old file
+// is not taken for the new one.
+func TestGuestRemovesWhatCame(t *testing.T) {
+	root := t.TempDir()
+	syncTree(t, root)
+	before := snapshot(t, root)
+	w, plan := newSwitch(t, root)
+	w.beforeStep = nil
+	last := plan.put[len(plan.put)-1]
+	plan.put = append(plan.put, change{Kind: changeIn, Path: "nowhere"}) // fails
+	if err := w.execute(plan); err == nil {
+		t.Fatal("no error")
+	}
+	for _, name := range []string{"change", "link", string(last.Path)} {
+		if err := os.RemoveAll(filepath.Join(root, "workspace", name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.close()
+	recoverStopped(t, root, 1000)
+	recoverStages(root, slog.New(slog.DiscardHandler))
+	if d := cmp.Diff(before, snapshot(t, root)); d != "" {
+		t.Error(d)
 	}
 }
 
