@@ -151,6 +151,37 @@ func TestListFiles(t *testing.T) {
 	}
 }
 
+// TestStagesAreHidden shows no stage, and takes nothing else for one.
+func TestStagesAreHidden(t *testing.T) {
+	a := startAgent(t)
+	stage := ".pyro-stage-0123456789abcdef0123456789abcdef"
+	a.put(t, stage+"/f", "x", 0o644)
+	a.put(t, ".pyro-stage-mine", "x", 0o644)
+	a.put(t, "d/"+stage, "x", 0o644)
+	entries, _ := a.manifest(t, "")
+	var listed []guestproto.Path
+	if _, err := a.ListFiles(testContext(t), ".", true, func(e guestproto.FileEntry) error {
+		listed = append(listed, e.Path[len("/workspace/"):])
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	var walked []guestproto.Path
+	for _, e := range entries {
+		walked = append(walked, e.Path)
+	}
+	want := []guestproto.Path{".pyro-stage-mine", "d", guestproto.Path("d/" + stage)}
+	if d := cmp.Diff(want, walked); d != "" {
+		t.Errorf("the manifest: %s", d)
+	}
+	if d := cmp.Diff(want, listed); d != "" {
+		t.Errorf("the listing: %s", d)
+	}
+	if _, err := a.WriteFile(testContext(t), guestproto.WriteFileRequest{Path: guestproto.Path(stage)}, strings.NewReader("x")); !errors.Is(err, api.ErrDenied) {
+		t.Errorf("writing to its name: %v", err)
+	}
+}
+
 // TestPathsStayInTheWorkspace asks every file tool for what is not its own.
 func TestPathsStayInTheWorkspace(t *testing.T) {
 	a := startAgent(t)

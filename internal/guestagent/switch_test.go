@@ -48,8 +48,10 @@ func syncTree(t *testing.T, root string) {
 		t.Fatal(err)
 	}
 	if os.Geteuid() == 0 {
-		if err := os.Chown(filepath.Join(ws, "tree", "deep"), 1234, 5678); err != nil {
-			t.Fatal(err)
+		for _, name := range []string{"tree", "tree/deep", "tree/deep/b"} {
+			if err := os.Chown(filepath.Join(ws, name), 1234, 5678); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 }
