@@ -176,8 +176,7 @@ func takeApartAll(w *switcher, plan *syncPlan) func() error {
 		if err := w.record(plan.gone); err != nil {
 			return err
 		}
-		var apart func(c *change) error
-		apart = func(c *change) error {
+		apart := func(c *change) error {
 			d, err := w.workspace.directory(string(c.Path))
 			if err != nil {
 				return w.make(c)
