@@ -68,7 +68,7 @@ func (g *git) run(ctx context.Context, c checkout, dir string, env []string, arg
 	// An explicit Git directory also spares the test of whose it is: root may
 	// seed from a user's checkout.
 	cmd := exec.CommandContext(ctx, g.program, append([]string{
-		"--git-dir=" + c.gitDir, "--work-tree=" + c.top, "--no-pager", "--literal-pathspecs",
+		"--git-dir=" + c.gitDir, "--work-tree=" + c.top, "--no-pager",
 		"-c", "core.hooksPath=/dev/null",
 		"-c", "core.fsmonitor=",
 		"-c", "core.untrackedCache=false",
