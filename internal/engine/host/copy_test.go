@@ -205,6 +205,10 @@ func TestSnapshotOfAChangingTree(t *testing.T) {
 			}
 		})
 	}
+	t.Cleanup(func() {
+		close(stop)
+		changing.Wait()
+	})
 	for range 6 {
 		frozen := snapshot(t, m)
 		for i := range 50 {
@@ -213,8 +217,6 @@ func TestSnapshotOfAChangingTree(t *testing.T) {
 			}
 		}
 	}
-	close(stop)
-	changing.Wait()
 }
 
 func TestDiskThatIsNoDirectory(t *testing.T) {
