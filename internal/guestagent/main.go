@@ -138,15 +138,15 @@ func runProcess(version string, o options, stderr io.Writer) error {
 		defer unix.Sync()
 	}
 	var once sync.Once
-	ended := make(chan struct{})
-	end := func() { once.Do(func() { close(ended) }) }
+	ended := make(chan time.Duration, 1)
+	end := func(grace time.Duration) { once.Do(func() { ended <- grace }) }
 	s, err := NewServer(Config{
 		Version:    version,
 		Root:       o.root,
 		Runner:     runner,
 		Logger:     logger,
 		InheritEnv: !sandbox,
-		PowerOff:   func(time.Duration) { end() },
+		PowerOff:   end,
 	})
 	if err != nil {
 		return err
@@ -155,28 +155,30 @@ func runProcess(version string, o options, stderr io.Writer) error {
 	signal.Notify(stop, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	go func() {
 		<-stop
-		end()
+		end(killGrace)
 	}()
 	failed := make(chan error, 1)
 	go func() { failed <- source(ctx, s, logger) }()
+	grace := killGrace
 	select {
 	case err := <-failed:
 		if err != nil {
 			return err
 		}
-	case <-ended:
+	case grace = <-ended:
 	}
 	// Every command ends with its request's context; what does not end within
 	// its TERM and KILL cannot be waited for.
 	cancel()
 	quiet := make(chan struct{})
 	go func() {
+		s.EndWorkload(grace)
 		s.Wait()
 		close(quiet)
 	}()
 	select {
 	case <-quiet:
-	case <-time.After(killGrace + 15*time.Second):
+	case <-time.After(max(grace, killGrace) + 15*time.Second):
 	}
 	if source, ok := strings.CutPrefix(o.listen, "unix:"); ok {
 		_ = os.Remove(source)

@@ -19,6 +19,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/guestagent/process"
+	"github.com/pyro-mcp/pyro/internal/guestagent/ring"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
@@ -62,6 +63,9 @@ type Server struct {
 	shutdown sync.Once
 	// switching is held, by a value in it, while a sync changes the workspace.
 	switching chan struct{}
+
+	shells   shells
+	services services
 }
 
 // NewServer returns a server with a boot id of its own. First it rolls back a
@@ -73,7 +77,20 @@ func NewServer(c Config) (*Server, error) {
 		return nil, api.Errorf(api.ErrInternal, "drawing a boot id: %w", err)
 	}
 	recoverStages(c.Root, c.Logger)
-	return &Server{Config: c, bootID: hex.EncodeToString(id[:]), switching: make(chan struct{}, 1)}, nil
+	budget := ring.NewBudget()
+	return &Server{
+		Config: c, bootID: hex.EncodeToString(id[:]), switching: make(chan struct{}, 1),
+		shells: shells{budget: budget}, services: services{budget: budget},
+	}, nil
+}
+
+// EndWorkload ends all shells and services, the services with that much time
+// between TERM and KILL, and lets none begin. It returns when they are gone.
+func (s *Server) EndWorkload(grace time.Duration) {
+	var wg sync.WaitGroup
+	wg.Go(s.shells.end)
+	wg.Go(func() { s.services.end(grace) })
+	wg.Wait()
 }
 
 // An Acceptor is where connections come from: a net.Listener or a multiplexed
@@ -195,12 +212,32 @@ func (q *request) serve(ctx context.Context) error {
 		return q.sync(ctx, line)
 	case guestproto.ActionExportFiles:
 		return q.exportFiles(ctx, line)
-	case guestproto.ActionOpenShell, guestproto.ActionReadShell, guestproto.ActionWriteShell,
-		guestproto.ActionSignalShell, guestproto.ActionCloseShell:
-		return api.Errorf(api.ErrUnsupported, "this guest agent has no shells")
-	case guestproto.ActionStartService, guestproto.ActionStatusService,
-		guestproto.ActionLogsService, guestproto.ActionStopService:
-		return api.Errorf(api.ErrUnsupported, "this guest agent has no services")
+	case guestproto.ActionOpenShell:
+		return q.openShell(line)
+	case guestproto.ActionReadShell:
+		return q.readShell(ctx, line)
+	case guestproto.ActionWriteShell:
+		return q.writeShell(line)
+	case guestproto.ActionSignalShell:
+		return q.signalShell(line)
+	case guestproto.ActionResizeShell:
+		return q.resizeShell(line)
+	case guestproto.ActionCloseShell:
+		return q.closeShell(line)
+	case guestproto.ActionListShells:
+		return q.listShells()
+	case guestproto.ActionAttachShell:
+		return q.attachShell(ctx, line)
+	case guestproto.ActionStartService:
+		return q.startService(ctx, line)
+	case guestproto.ActionStatusService:
+		return q.statusService(line)
+	case guestproto.ActionLogsService:
+		return q.logsService(ctx, line)
+	case guestproto.ActionStopService:
+		return q.stopService(line)
+	case guestproto.ActionListServices:
+		return q.listServices()
 	}
 	return api.Errorf(api.ErrUnsupported, "the guest agent does not know the action %q", env.Action)
 }
@@ -220,7 +257,7 @@ func (s *Server) hello() guestproto.Hello {
 		BootID:       s.bootID,
 		Capabilities: []string{
 			guestproto.CapExecStream, guestproto.CapArchiveStream, guestproto.CapShutdown, guestproto.CapTTY,
-			guestproto.CapFiles, guestproto.CapSync,
+			guestproto.CapFiles, guestproto.CapSync, guestproto.CapShells, guestproto.CapServices,
 		},
 	}
 	var u unix.Utsname
@@ -251,7 +288,11 @@ func (q *request) shutdown(line []byte) error {
 			case <-q.done:
 			case <-time.After(farewell):
 			}
-			s.PowerOff(time.Duration(req.GraceMS) * time.Millisecond)
+			grace := time.Duration(req.GraceMS) * time.Millisecond
+			// At the same time: TERM alone does not end an interactive shell,
+			// and a service must not be started again.
+			go s.EndWorkload(grace)
+			s.PowerOff(grace)
 		}()
 	})
 	return nil
