@@ -71,52 +71,6 @@ var layerTests = []struct {
 	{"other marks", []put{dirAt("/b", "impure=y", "origin=xyz", "nlink=U+1", "uuid=1234")}, nil, nil},
 }
 
-// layersTests holds what several layers do to one another, the lowest first.
-var layersTests = []struct {
-	name   string
-	layers [][]put
-	gone   []string          // of base
-	want   map[string]string // besides base
-}{
-	{"each adds", [][]put{{dirAt("/a"), fileAt("/a/1")}, {dirAt("/a"), fileAt("/a/2")}, {fileAt("/3")}}, nil,
-		map[string]string{"/a/1": "in /a/1", "/a/2": "in /a/2", "/3": "in /3"}},
-	{"the highest wins", [][]put{{put{path: "/top", mode: ext4image.ModeFile, content: "1"}}, {put{path: "/top", mode: ext4image.ModeFile, content: "2"}}}, nil,
-		map[string]string{"/top": "2"}},
-	{"a whiteout between", [][]put{{fileAt("/x")}, {whiteoutAt("/x"), whiteoutAt("/top")}, nil}, []string{"/top"}, nil},
-	{"a file over a whiteout", [][]put{{whiteoutAt("/top")}, {linkAt("/top", "again")}}, nil, map[string]string{"/top": "-> again"}},
-	{"a directory over a whiteout shows nothing below it", [][]put{{whiteoutAt("/b")}, {dirAt("/b"), fileAt("/b/x")}}, []string{"/b/file"},
-		map[string]string{"/b/x": "in /b/x"}},
-	{"a directory over a file over a directory", [][]put{{fileAt("/b")}, {dirAt("/b"), fileAt("/b/x")}}, []string{"/b/file"},
-		map[string]string{"/b/x": "in /b/x"}},
-	{"opaque between", [][]put{{dirAt("/b"), fileAt("/b/1")}, {dirAt("/b", "opaque=y"), fileAt("/b/2")}, {dirAt("/b"), fileAt("/b/3")}}, []string{"/b/file"},
-		map[string]string{"/b/2": "in /b/2", "/b/3": "in /b/3"}},
-	{"a redirect of a redirect", [][]put{{whiteoutAt("/a"), dirAt("/n", "redirect=/a")}, {whiteoutAt("/n"), dirAt("/m", "redirect=n")}},
-		[]string{"/a", "/a/file", "/a/sub", "/a/sub/deep"},
-		map[string]string{"/m": "directory", "/m/file": "in /a/file", "/m/sub": "directory", "/m/sub/deep": "in /a/sub/deep"}},
-	{"a directory of a redirected one is moved out", [][]put{{whiteoutAt("/a"), dirAt("/n", "redirect=/a")}, {dirAt("/n"), whiteoutAt("/n/sub"), dirAt("/m", "redirect=/n/sub")}},
-		[]string{"/a", "/a/file", "/a/sub", "/a/sub/deep"},
-		map[string]string{"/n": "directory", "/n/file": "in /a/file", "/m": "directory", "/m/deep": "in /a/sub/deep"}},
-	{"a relative redirect on the way", [][]put{{whiteoutAt("/a"), dirAt("/n", "redirect=a")}, {dirAt("/n"), whiteoutAt("/n/sub"), dirAt("/m", "redirect=/n/sub")}},
-		[]string{"/a", "/a/file", "/a/sub", "/a/sub/deep"},
-		map[string]string{"/n": "directory", "/n/file": "in /a/file", "/m": "directory", "/m/deep": "in /a/sub/deep"}},
-	{"an opaque directory on the way", [][]put{{dirAt("/a", "opaque=y")}, {dirAt("/m", "redirect=/a/sub")}},
-		[]string{"/a/file", "/a/sub", "/a/sub/deep"}, map[string]string{"/m": "directory"}},
-	{"a redirect out of an opaque directory on the way", [][]put{{dirAt("/a", "opaque=y"), dirAt("/a/n", "redirect=/b"), whiteoutAt("/b")}, {dirAt("/a"), whiteoutAt("/a/n"), dirAt("/m", "redirect=/a/n")}},
-		[]string{"/a/file", "/a/sub", "/a/sub/deep", "/b", "/b/file"}, map[string]string{"/m": "directory", "/m/file": "in /b/file"}},
-	{"a whiteout on the way", [][]put{{whiteoutAt("/a")}, {dirAt("/m", "redirect=/a/sub")}},
-		[]string{"/a", "/a/file", "/a/sub", "/a/sub/deep"}, map[string]string{"/m": "directory"}},
-	{"a file on the way", [][]put{{fileAt("/a")}, {dirAt("/m", "redirect=/a/sub")}},
-		[]string{"/a/file", "/a/sub", "/a/sub/deep"}, map[string]string{"/a": "in /a", "/m": "directory"}},
-	{"a redirect passes layers that lack it", [][]put{{fileAt("/1")}, {fileAt("/2")}, {whiteoutAt("/b"), dirAt("/n", "redirect=/b")}},
-		[]string{"/b", "/b/file"}, map[string]string{"/1": "in /1", "/2": "in /2", "/n": "directory", "/n/file": "in /b/file"}},
-	{"a redirect merges what is there under the old name", [][]put{{dirAt("/b"), fileAt("/b/1")}, {whiteoutAt("/b"), dirAt("/n", "redirect=b"), fileAt("/n/2")}},
-		[]string{"/b", "/b/file"}, map[string]string{"/n": "directory", "/n/file": "in /b/file", "/n/1": "in /b/1", "/n/2": "in /n/2"}},
-	{"a redirect in the middle", [][]put{{dirAt("/b"), fileAt("/b/1")}, {whiteoutAt("/b"), dirAt("/n", "redirect=/b")}, {dirAt("/n"), whiteoutAt("/n/1"), fileAt("/n/3")}},
-		[]string{"/b", "/b/file"}, map[string]string{"/n": "directory", "/n/file": "in /b/file", "/n/3": "in /n/3"}},
-	{"a whiteout file between", [][]put{{emptyAt("/top", "whiteout=")}, {fileAt("/x")}}, []string{"/top"}, map[string]string{"/x": "in /x"}},
-	{"a layer of nothing", [][]put{{dirAt("/b"), fileAt("/b/1")}, nil, {dirAt("/b")}}, nil, map[string]string{"/b/1": "in /b/1"}},
-}
-
 // TestLayer: TestKernelMarks asks the kernel the same.
 func TestLayer(t *testing.T) {
 	t.Parallel()
@@ -124,17 +78,6 @@ func TestLayer(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			checkLayers(t, tt.gone, tt.want, tt.upper)
-		})
-	}
-}
-
-// TestLayers: TestKernelMarks asks the kernel the same.
-func TestLayers(t *testing.T) {
-	t.Parallel()
-	for _, tt := range layersTests {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			checkLayers(t, tt.gone, tt.want, tt.layers...)
 		})
 	}
 }
@@ -491,19 +434,18 @@ func FuzzMarks(f *testing.F) {
 	})
 }
 
-// FuzzLayerMarks puts hostile marks on directories of a layer.
+// FuzzLayerMarks puts hostile marks on directories of two layers.
 func FuzzLayerMarks(f *testing.F) {
-	for _, s := range []string{"/a", "a", "/a/sub", "..", "/", "", "/a//b", "a/sub", strings.Repeat("/a", 1000)} {
-		f.Add("y", s, s)
-		f.Add("x", s, "sub")
+	for _, s := range []string{"/a", "a", "/a/sub", "..", "/", "", "/a//b", "a/sub", "/n/sub", "sub", strings.Repeat("/a", 1000)} {
+		f.Add("y", s, s, "/n/sub")
+		f.Add("x", s, "sub", "n")
 	}
-	f.Fuzz(func(t *testing.T, opaque, one, two string) {
-		if len(opaque)+len(one)+len(two) > 3500 {
+	f.Fuzz(func(t *testing.T, opaque, one, two, three string) {
+		if len(opaque)+len(one)+len(two) > 3500 || len(three) > 3500 {
 			return // more than a block of attributes
 		}
-		src := layered(t, baseTree, []put{
-			dirAt("/a", "redirect="+one), dirAt("/a/sub", "redirect="+two), dirAt("/n", "opaque="+opaque, "redirect="+two),
-		})
+		marks := []put{dirAt("/a", "redirect="+one), dirAt("/a/sub", "redirect="+two), dirAt("/n", "opaque="+opaque, "redirect="+two)}
+		src := layered(t, baseTree, marks, []put{dirAt("/a"), dirAt("/m", "redirect="+three), dirAt("/n/sub", "redirect="+one)})
 		d := openSource(t, src)
 		list, err := d.List(t.Context(), "/", true)
 		if err != nil && !errors.Is(err, api.ErrDamaged) {
@@ -511,6 +453,9 @@ func FuzzLayerMarks(f *testing.F) {
 		}
 		if err == nil && len(list.Entries) > 50 {
 			t.Errorf("%d entries of 20 files", len(list.Entries))
+		}
+		if walkErr := d.Walk(t.Context(), "/", func(workspacedisk.WalkEntry) error { return nil }); (err == nil) != (walkErr == nil) {
+			t.Errorf("listing: %v; walking: %v", err, walkErr)
 		}
 	})
 }

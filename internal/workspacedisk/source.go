@@ -33,7 +33,7 @@ type Source struct {
 	// Layers are the layers of a gVisor machine's disk that stands on this
 	// image, the lowest first: ext4 images whose directories [LayerDir] the
 	// host's overlayfs has joined with the root of this one. The disk is then
-	// all of them together. A single nil or empty list is a plain image.
+	// all of them together.
 	Layers []Source
 }
 
