@@ -45,6 +45,8 @@ var volatile = []struct {
 	{regexp.MustCompile(`"duration_ms":[0-9]+`), `"duration_ms":MS`},
 	{regexp.MustCompile(`"boot_id":"[0-9a-f]{32}"`), `"boot_id":"ID"`},
 	{regexp.MustCompile(`"kernel":"[^"]+"`), `"kernel":"RELEASE"`},
+	{regexp.MustCompile(fmt.Sprintf(`"protocol":%d\b`, guestproto.Version)), `"protocol":VERSION`},
+	{regexp.MustCompile(fmt.Sprintf(`agent speaks %d\b`, guestproto.Version)), `agent speaks VERSION`},
 	{regexp.MustCompile(`"(started|ended|ready)_at":[0-9.e+]+`), `"${1}_at":TIME`},
 }
 
