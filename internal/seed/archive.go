@@ -72,6 +72,8 @@ func openArchive(ctx context.Context, src Source, progress func(api.Progress)) (
 	for _, p := range in.plan {
 		if !p.special {
 			in.entries++
+		}
+		if p.typ == manifest.File {
 			in.written += p.size
 		}
 	}
@@ -117,11 +119,12 @@ func (in *archiveInput) scan(phase string, f func(i int, h *tar.Header, name str
 		return err
 	}
 	defer closeSrc()
-	tr := tar.NewReader(&bombReader{r: src, left: maxBytes + int64(headerBytes)*maxEntries})
+	bounded := &bombReader{r: src, left: maxBytes + int64(headerBytes)*maxEntries}
+	tr := tar.NewReader(bounded)
 	for i := 0; ; i++ {
 		h, err := tr.Next()
 		if errors.Is(err, io.EOF) {
-			return nil
+			return drain(bounded)
 		}
 		if err != nil {
 			return archiveError(err)
@@ -140,6 +143,15 @@ func (in *archiveInput) scan(phase string, f func(i int, h *tar.Header, name str
 			return fmt.Errorf("entry %.200q: %w", h.Name, err)
 		}
 	}
+}
+
+// drain reads what is behind an archive's end: there the checksum of what was
+// compressed is. Padding behind that is common and means nothing.
+func drain(r io.Reader) error {
+	if _, err := io.Copy(io.Discard, r); err != nil && !errors.Is(err, gzip.ErrHeader) && !errors.Is(err, zstd.ErrMagicMismatch) {
+		return archiveError(err)
+	}
+	return nil
 }
 
 // decompress recognises an archive by its first bytes.

@@ -94,12 +94,17 @@ func unpack(tb testing.TB, s *seed.Seed) string {
 	dir := tb.TempDir()
 	var b bytes.Buffer
 	must(tb, s.WriteTar(context.Background(), &b))
-	cmd := exec.Command("tar", "-x", "-C", dir, "--no-same-owner")
-	cmd.Stdin = &b
+	untar(tb, &b, dir)
+	return dir
+}
+
+func untar(tb testing.TB, r io.Reader, dir string) {
+	tb.Helper()
+	cmd := exec.Command("tar", "-x", "-p", "-C", dir, "--no-same-owner")
+	cmd.Stdin = r
 	if out, err := cmd.CombinedOutput(); err != nil {
 		tb.Fatalf("tar: %v: %s", err, out)
 	}
-	return dir
 }
 
 var oddFiles = map[string]string{
