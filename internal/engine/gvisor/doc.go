@@ -12,8 +12,10 @@
 //
 // The root file system is the environment's image, mounted read-only, under an
 // overlay whose writable layer is an ext4 image of the machine's own: as
-// private and as bounded as a virtual disk. The host mounts that layer, which
-// only this host's kernel has ever written.
+// private and as bounded as a virtual disk. Frozen layers of the same kind may
+// lie between the two, read-only and shared by several machines. The host mounts
+// these images, which only this host's kernel and package ext4image have ever
+// written.
 //
 // The guest agent is the first process. It dials a socket that we listen on;
 // the way round is forced, because a socket that the guest binds in a shared
