@@ -331,7 +331,7 @@ func (t tree) write(tb testing.TB, dir string) {
 // Git writes the patches, with renames, copies and deltas.
 func TestPatchesOfGit(t *testing.T) {
 	testenv.RequireTools(t, "git", "git")
-	for seed := range 25 {
+	for seed := range 12 {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			r := rand.New(rand.NewPCG(uint64(seed), 3))
 			old := randomTree(r, tree{"k": {Content: lines(1, 40)}, "bin": {Content: "\x00" + lines(1, 500)}})

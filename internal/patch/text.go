@@ -8,9 +8,9 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 )
 
-// maxWork bounds the lines compared in search of the places of hunks: a few
-// seconds, where an honest patch needs milliseconds.
-const maxWork = 200_000_000
+// maxWork bounds the lines compared in search of the places of hunks: half a
+// second, where an honest patch needs milliseconds.
+const maxWork = 50_000_000
 
 // text returns content with a file's hunks applied.
 func (a *applier) text(f *filePatch, content []byte) ([]byte, error) {
