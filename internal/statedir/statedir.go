@@ -105,6 +105,9 @@ func (d *Dir) MachinesDir() string { return filepath.Join(d.path, "machines") }
 // AcceleratorFile remembers an accelerator that let a guest down in this boot.
 func (d *Dir) AcceleratorFile() string { return filepath.Join(d.path, "accelerator.json") }
 
+// MCPTokenFile is what callers of the MCP server over HTTP have to show.
+func (d *Dir) MCPTokenFile() string { return filepath.Join(d.path, "mcp-token") }
+
 // Machine names the directory of the machine with that id.
 func (d *Dir) Machine(id string) Machine { return Machine(filepath.Join(d.MachinesDir(), id)) }
 

@@ -77,7 +77,7 @@ type Status struct {
 	ExpiresAt *time.Time `json:"expires_at,omitempty"`
 	BootMS    int64      `json:"boot_ms"` // from start to the agent's first answer
 	Kernel    string     `json:"kernel"`
-	// Exited says why the machine has ended by itself, "" while it runs.
+	// Exited says why the machine has ended or is ending, "" while it runs.
 	Exited string `json:"exited,omitempty"`
 	PIDs   []int  `json:"pids"`
 	// Notes are sentences for the user, such as that KVM was given up.

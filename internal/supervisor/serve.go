@@ -97,6 +97,12 @@ func Main(engines func(noteFile string, log *slog.Logger) []engine.Engine) (stat
 	defer s.mu.Unlock()
 	if s.expired && !s.cfg.Ephemeral {
 		expiredIn = s.dir.StateDir()
+		// No machine is this process's any more.
+		if err := statedir.WriteJSON(s.dir.RecordFile(), record{ID: s.dir.ID(), Engine: s.cfg.Engine, CreatedAt: time.Now().UTC()}); err != nil {
+			s.log.Error("writing the machine's record", "error", err)
+		}
+		// Whoever draws them in this process must not wait for it.
+		unix.Close(fdLock)
 	}
 	return status, expiredIn
 }
@@ -166,7 +172,15 @@ var (
 
 func (s *supervisor) run(resultPipe *os.File, engines []engine.Engine) int {
 	ctx, cancel := context.WithCancelCause(context.Background())
-	s.cancel = cancel
+	s.cancel = func(cause error) {
+		s.mu.Lock()
+		if s.status.Exited == "" && cause != nil {
+			// Who asks why a connection broke may do so before the end.
+			s.status.Exited = cause.Error()
+		}
+		s.mu.Unlock()
+		cancel(cause)
+	}
 	signals := make(chan os.Signal, 1)
 	// A terminal's Ctrl-C and hang-up do not reach us, we have a session of our
 	// own; TERM is for people and for the host's shutdown.

@@ -127,24 +127,23 @@ func (m *Manager) whyBroken(ctx context.Context, ws *store.Workspace, sup *super
 	}
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), endLimit)
 	defer cancel()
-	_ = supervisor.WaitGone(end, dir)
+	if goneErr := supervisor.WaitGone(end, dir); goneErr != nil && !errors.Is(goneErr, os.ErrNotExist) {
+		return err
+	}
+	ending, readErr := supervisor.ReadEnding(dir)
+	if readErr == nil && ending.Expired {
+		return api.WithHint(api.Errorf(api.ErrUnavailable, "workspace %s has ended: %s", label(ws), ending.Reason), "raise --ttl-seconds, or use pyro workspace update")
+	}
 	st, storeErr := m.store(ctx)
 	if storeErr != nil {
 		return err
 	}
-	now, getErr := st.Get(ctx, ws.WorkspaceID)
-	if getErr == nil {
-		now, getErr = m.look(ctx, now)
-	}
-	if errors.Is(getErr, api.ErrNotFound) {
+	if _, getErr := st.Get(ctx, ws.WorkspaceID); errors.Is(getErr, api.ErrNotFound) {
 		return api.Errorf(api.ErrState, "workspace %s was deleted meanwhile", label(ws))
 	}
-	if getErr != nil || now.State == api.StateStarted {
-		return err
-	}
 	text := fmt.Sprintf("workspace %s stopped meanwhile", label(ws))
-	if now.LastError != nil {
-		text += ": " + *now.LastError
+	if how := howEnded(dir); how != "" {
+		text += ": " + how
 	}
 	return api.WithHint(api.Errorf(api.ErrUnavailable, "%s", text), "pyro workspace start %s; its files are kept", refOf(ws))
 }

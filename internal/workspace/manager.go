@@ -57,6 +57,9 @@ type Manager struct {
 	openSeeds *seed.Store
 }
 
+// MCPTokenFile is described at statedir.Dir.
+func (m *Manager) MCPTokenFile() string { return m.state.MCPTokenFile() }
+
 // New opens the state and cache directories, clears up after processes that were
 // killed, and returns a Manager.
 func New(ctx context.Context, o Options) (*Manager, error) {

@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"iter"
 	"path"
@@ -41,7 +40,7 @@ func (m *Manager) ApplyPatch(ctx context.Context, ref string, text []byte) (*api
 	sup, client := m.guest(h.Workspace)
 	res, err := m.applyPatch(ctx, client, p)
 	if err != nil {
-		return nil, m.whyBroken(ctx, h.Workspace, sup, fmt.Errorf("applying the patch: %w", err))
+		return nil, m.whyBroken(ctx, h.Workspace, sup, err)
 	}
 	detail := map[string]any{"files": res.Summary.Total}
 	if err := m.edited(ctx, h.Workspace, eventPatch, detail); err != nil {

@@ -184,7 +184,7 @@ func (h *held) settle(ctx context.Context) error {
 			ws.LastError = &why
 			return enter(ws, api.StateStopped)
 		case !alive && (ws.State == api.StateStarted || ws.State == api.StatePaused):
-			why = h.howEnded()
+			why = howEnded(h.machine())
 			if why == "" {
 				kind = eventStopped
 			} else {
@@ -206,8 +206,8 @@ func (h *held) settle(ctx context.Context) error {
 }
 
 // howEnded says why the machine does not run; "" if somebody asked for that.
-func (h *held) howEnded() string {
-	e, err := supervisor.ReadEnding(h.machine())
+func howEnded(machine statedir.Machine) string {
+	e, err := supervisor.ReadEnding(machine)
 	switch {
 	case err != nil:
 		return "its supervisor was killed"

@@ -32,6 +32,9 @@ type Image struct {
 	tables  []l2Table // direct-mapped by L1 index
 	cluster []byte    // the last decompressed cluster
 	from    uint64    // the L2 entry that it came from
+
+	belowMu sync.Mutex
+	below   stretchBelow
 }
 
 type l2Table struct {
@@ -332,9 +335,22 @@ func (img *Image) stretch(pos int64) (next int64, zero bool, err error) {
 	if !ok {
 		return min(next, img.backing.Size()), false, nil
 	}
-	end, zero, err := below.NextData(pos)
-	if err != nil {
-		return 0, false, fmt.Errorf("reading the backing image: %w", err)
+	img.belowMu.Lock()
+	defer img.belowMu.Unlock()
+	if s := img.below; pos < s.from || pos >= s.end {
+		end, zero, err := below.NextData(pos)
+		if err != nil {
+			return 0, false, fmt.Errorf("reading the backing image: %w", err)
+		}
+		img.below = stretchBelow{pos, end, zero}
 	}
-	return min(next, end), zero, nil
+	return min(next, img.below.end), img.below.zero, nil
+}
+
+// stretchBelow is the last answer of the backing layer's NextData. Without
+// remembering it every cluster here would have all clusters of the same stretch
+// there looked at, and in a chain each layer multiplies that.
+type stretchBelow struct {
+	from, end int64
+	zero      bool
 }

@@ -194,3 +194,47 @@ func typed(t *testing.T, err error) {
 		t.Errorf("an error without a class: %v", err)
 	}
 }
+
+// bottom is a layer of zeros that counts how often it is asked.
+type bottom struct {
+	bytes.Reader
+	size  int64
+	asked int
+}
+
+func (b *bottom) Size() int64 { return b.size }
+
+func (b *bottom) ReadAt(p []byte, _ int64) (int, error) { clear(p); return len(p), nil }
+
+func (b *bottom) NextData(off int64) (int64, bool, error) {
+	b.asked++
+	return min(off+1<<20, b.size), true, nil
+}
+
+// In a chain every layer asks the one below once for a stretch, not once for
+// each of its clusters: that multiplies with every layer.
+func TestNextDataOfAChain(t *testing.T) {
+	data := load(t, filepath.Join("testdata", "v2.gz"))
+	top, err := qcow2.Open(bytes.NewReader(data), int64(len(data)), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &bottom{size: top.Size()}
+	var layer qcow2.Layer = b
+	for range 8 {
+		if layer, err = qcow2.Open(bytes.NewReader(data), int64(len(data)), layer); err != nil {
+			t.Fatal(err)
+		}
+	}
+	steps := 0
+	for off := int64(0); off < top.Size(); steps++ {
+		end, _, err := layer.(*qcow2.Image).NextData(off)
+		if err != nil || end <= off {
+			t.Fatalf("NextData(%d) = %d, %v", off, end, err)
+		}
+		off = end
+	}
+	if limit := 4*int(top.Size()>>20) + 4*steps; b.asked > limit {
+		t.Errorf("the lowest layer was asked %d times for %d stretches of %d MiB", b.asked, steps, top.Size()>>20)
+	}
+}
