@@ -64,7 +64,7 @@ var layers = [][]string{
 	{"internal/engine/qemu", "internal/engine/gvisor", "internal/engine/host"},
 	{"internal/engine", "internal/initramfs"},
 	{"internal/guestagent"},
-	{"internal/guestclient"},
+	{"internal/guestclient", "internal/network"},
 	{"internal/guestconn"},
 	{"internal/guestproto"},
 	{"internal/workspacedisk"},
@@ -73,7 +73,7 @@ var layers = [][]string{
 	{"internal/artifact"},
 	{"internal/store"},
 	{"internal/statedir"},
-	{"internal/hostproc", "internal/boundedlog", "internal/manifest"},
+	{"internal/hostproc", "internal/boundedlog", "internal/manifest", "internal/rtnetlink"},
 	{"internal/testenv"},
 	{"api"},
 }

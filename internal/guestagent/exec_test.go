@@ -32,7 +32,7 @@ func TestHello(t *testing.T) {
 	if h.Protocol != guestproto.Version || h.AgentVersion != "test" || h.Kernel == "" {
 		t.Errorf("hello is %+v", h)
 	}
-	want := []string{"exec-stream", "archive-stream", "shutdown", "tty", "files", "sync", "shells", "services"}
+	want := []string{"exec-stream", "archive-stream", "shutdown", "tty", "files", "sync", "shells", "services", "dial-tcp"}
 	if d := cmp.Diff(want, h.Capabilities); d != "" {
 		t.Error(d)
 	}

@@ -146,6 +146,7 @@ func runProcess(version string, o options, stderr io.Writer) error {
 		Runner:     runner,
 		Logger:     logger,
 		InheritEnv: !sandbox,
+		OwnNetwork: sandbox,
 		PowerOff:   end,
 	})
 	if err != nil {
@@ -214,6 +215,8 @@ func serveMachine(version string, system *boot.System) error {
 		Runner:   runner,
 		Logger:   logger,
 		PowerOff: boot.PowerOff,
+
+		OwnNetwork: true,
 	})
 	if err != nil {
 		return err

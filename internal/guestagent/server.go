@@ -49,6 +49,9 @@ type Config struct {
 	// InheritEnv gives commands the agent's own PATH, HOME and USER instead of
 	// a guest's usual ones.
 	InheritEnv bool
+	// OwnNetwork says that the guest's network devices are its own and may be
+	// changed; a plain process has its host's.
+	OwnNetwork bool
 	// PowerOff ends the guest, or this process. It is called once, after the
 	// reply to a shutdown, with the grace that the workload is to have.
 	PowerOff func(grace time.Duration)
@@ -63,6 +66,8 @@ type Server struct {
 	shutdown sync.Once
 	// switching is held, by a value in it, while a sync changes the workspace.
 	switching chan struct{}
+	// attached is held, by a value in it, while the guest has a network.
+	attached chan struct{}
 
 	shells   shells
 	services services
@@ -79,7 +84,7 @@ func NewServer(c Config) (*Server, error) {
 	recoverStages(c.Root, c.Logger)
 	budget := ring.NewBudget()
 	return &Server{
-		Config: c, bootID: hex.EncodeToString(id[:]), switching: make(chan struct{}, 1),
+		Config: c, bootID: hex.EncodeToString(id[:]), switching: make(chan struct{}, 1), attached: make(chan struct{}, 1),
 		shells: shells{budget: budget}, services: services{budget: budget},
 	}, nil
 }
@@ -208,6 +213,10 @@ func (q *request) serve(ctx context.Context) error {
 		return q.readFile(ctx, line)
 	case guestproto.ActionWriteFile:
 		return q.writeFile(ctx, line)
+	case guestproto.ActionAttachNetwork:
+		return q.attachNetwork(ctx, line)
+	case guestproto.ActionDialTCP:
+		return q.dialTCP(ctx, line)
 	case guestproto.ActionSync:
 		return q.sync(ctx, line)
 	case guestproto.ActionExportFiles:
@@ -258,7 +267,11 @@ func (s *Server) hello() guestproto.Hello {
 		Capabilities: []string{
 			guestproto.CapExecStream, guestproto.CapArchiveStream, guestproto.CapShutdown, guestproto.CapTTY,
 			guestproto.CapFiles, guestproto.CapSync, guestproto.CapShells, guestproto.CapServices,
+			guestproto.CapDialTCP,
 		},
+	}
+	if s.OwnNetwork {
+		h.Capabilities = append(h.Capabilities, guestproto.CapNetwork)
 	}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
