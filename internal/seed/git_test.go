@@ -173,12 +173,9 @@ func TestHostileCheckout(t *testing.T) {
 		"core.fsmonitor": run, "core.hooksPath": filepath.Join(dir, "hooks"), "filter.evil.clean": run + "; cat", "filter.evil.smudge": run + "; cat",
 		"filter.evil.required": "true", "diff.evil.textconv": run, "diff.external": run, "core.sshCommand": run, "core.pager": run, "pager.status": run,
 		"core.askPass": run, "credential.helper": "!" + run, "alias.status": "!" + run, "core.editor": run, "gpg.program": run,
-		"protocol.ext.allow": "always", "protocol.allow": "always", "extensions.partialClone": "origin",
-		"remote.origin.url": "ext::" + run, "remote.origin.promisor": "true", "remote.origin.uploadpack": run,
 	} {
 		git(t, dir, "config", key, value)
 	}
-	git(t, dir, "config", "core.repositoryFormatVersion", "1")
 	for _, hook := range []string{"post-index-change", "fsmonitor-watchman", "pre-commit", "post-checkout"} {
 		for _, hooks := range []string{"hooks", ".git/hooks"} {
 			write(t, dir, map[string]string{hooks + "/" + hook: "#!/bin/sh\n" + run + "\n"})
@@ -186,9 +183,6 @@ func TestHostileCheckout(t *testing.T) {
 		}
 	}
 	write(t, dir, map[string]string{"f": "2\n", "$(" + run + ");`" + run + "`": "x"}) // differs: git has to look at the content
-	// A missing object would be fetched.
-	head := git(t, dir, "rev-parse", "HEAD:sub/x")
-	must(t, os.Remove(filepath.Join(dir, ".git/objects", head[:2], head[2:])))
 	s := build(t, newStore(t), seed.Source{Path: dir})
 	if s.Info.OriginRef == nil || !strings.HasSuffix(*s.Info.OriginRef, "+dirty") || s.Info.SkippedCount != 0 {
 		t.Errorf("%+v", s.Info)
@@ -203,6 +197,31 @@ func TestHostileCheckout(t *testing.T) {
 	_ = cmd.Run()
 	if _, err := os.Lstat(marker); err != nil {
 		t.Error("git itself runs none of the programs: the test proves nothing")
+	}
+}
+
+// A partial clone fetches objects that it lacks, by any program it likes.
+func TestHostilePartialClone(t *testing.T) {
+	dir := newCheckout(t, project)
+	marker := filepath.Join(t.TempDir(), "PWN")
+	tree := git(t, dir, "rev-parse", "HEAD^{tree}")
+	for key, value := range map[string]string{
+		"core.repositoryFormatVersion": "1", "extensions.partialClone": "origin", "protocol.allow": "always", "protocol.ext.allow": "always",
+		"remote.origin.url": "ext::touch " + marker, "remote.origin.promisor": "true",
+	} {
+		git(t, dir, "config", key, value)
+	}
+	must(t, os.Remove(filepath.Join(dir, ".git/objects", tree[:2], tree[2:])))
+	must(t, os.Remove(filepath.Join(dir, ".git/index")))
+	build(t, newStore(t), seed.Source{Path: dir})
+	if _, err := os.Lstat(marker); err == nil {
+		t.Error("a program of the checkout ran")
+	}
+	cmd := exec.Command("git", "status")
+	cmd.Dir = dir
+	_ = cmd.Run()
+	if _, err := os.Lstat(marker); err != nil {
+		t.Error("git itself does not run the program: the test proves nothing")
 	}
 }
 
