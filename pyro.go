@@ -69,6 +69,10 @@ func Open(ctx context.Context, o *Options) (*Client, error) {
 // methods must have returned.
 func (c *Client) Close() error { return c.m.Close() }
 
+// MCPTokenFile is the path of the file in the state directory that keeps the
+// token of the MCP server over HTTP. It need not exist.
+func (c *Client) MCPTokenFile() string { return c.m.MCPTokenFile() }
+
 // Run runs one command in a fresh guest and removes the guest again, whatever
 // happens. A command that exits non-zero or times out is a result, not an
 // error. The environment is built first if it is not there, which takes a

@@ -55,6 +55,7 @@ func listPackages(t *testing.T) []goPackage {
 var layers = [][]string{
 	{"cmd/pyro", "cmd/pyro-agent"},
 	{"internal/cli"},
+	{"internal/mcpserver", "internal/hosthelper"},
 	{""}, // package pyro, the SDK
 	{"internal/workspace"},
 	{"internal/supervisor"},
@@ -125,16 +126,24 @@ func TestImportsPointDown(t *testing.T) {
 	}
 }
 
-// The faces may use the SDK and api. cli also starts supervisors, in one file.
+// The faces may use the SDK and api. cli also starts supervisors, in one file,
+// and offers the other two.
 func TestFacesUseTheSDKOnly(t *testing.T) {
-	allowed := []string{module, module + "/api", module + "/internal/boundedlog",
-		module + "/internal/engine/all", module + "/internal/supervisor", module + "/internal/workspace"}
+	common := []string{module, module + "/api", module + "/internal/boundedlog"}
+	allowed := map[string][]string{
+		module + "/internal/cli": append(slices.Clone(common),
+			module+"/internal/engine/all", module+"/internal/supervisor", module+"/internal/workspace",
+			module+"/internal/mcpserver", module+"/internal/hosthelper"),
+		module + "/internal/mcpserver":  common,
+		module + "/internal/hosthelper": common,
+	}
 	for _, p := range listPackages(t) {
-		if p.ImportPath != module+"/internal/cli" {
+		may, isFace := allowed[p.ImportPath]
+		if !isFace {
 			continue
 		}
 		for _, imp := range p.Imports {
-			if strings.HasPrefix(imp, module) && !slices.Contains(allowed, imp) {
+			if strings.HasPrefix(imp, module) && !slices.Contains(may, imp) {
 				t.Errorf("%s imports %s: let the SDK offer what is missing", p.ImportPath, imp)
 			}
 		}
