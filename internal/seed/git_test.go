@@ -105,6 +105,19 @@ func TestBelowTheTop(t *testing.T) {
 	}
 }
 
+// A checkout around the seed that somebody else has made, as anybody can in
+// /tmp, has no say.
+func TestBelowSomebodyElsesCheckout(t *testing.T) {
+	testenv.Require(t, "root", os.Geteuid() == 0, "only root can give files away")
+	dir := newCheckout(t, map[string]string{".gitignore": "*.c\n"})
+	write(t, dir, map[string]string{"mine/a.c": "1"})
+	must(t, os.Chown(filepath.Join(dir, ".git"), 65534, 65534))
+	s := build(t, newStore(t), seed.Source{Path: filepath.Join(dir, "mine")})
+	if diff := cmp.Diff([]string{"a.c"}, paths(t, s)); diff != "" || s.Info.Mode != api.SeedDirectory {
+		t.Errorf("mode %s: %s", s.Info.Mode, diff)
+	}
+}
+
 func TestNestedCheckouts(t *testing.T) {
 	library := newCheckout(t, map[string]string{".gitignore": "*.tmp\n", "lib.c": "1\n"})
 	dir := newCheckout(t, project)
