@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"strings"
 	"unicode/utf8"
@@ -62,10 +63,7 @@ type checked struct {
 	ctx  context.Context
 	e    *manifest.Entry
 	left int64
-	hash interface {
-		io.Writer
-		Sum([]byte) []byte
-	}
+	hash hash.Hash
 }
 
 func (c *checked) Read(p []byte) (int, error) {

@@ -50,7 +50,7 @@ func (s *Seed) Content(ctx context.Context, path string, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer files.Close()
+	defer func() { _ = files.Close() }()
 	r, err := files.Open(ctx, path)
 	if err != nil {
 		return err
@@ -209,7 +209,7 @@ func (s *Seed) WriteTar(ctx context.Context, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	defer files.Close()
+	defer func() { _ = files.Close() }()
 	sink := &tarSink{tar.NewWriter(w)}
 	for e, err := range s.Manifest(ctx) {
 		if err != nil {
