@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
@@ -83,6 +84,9 @@ type Gateway struct {
 	guests []netip.Addr // the guest's addresses
 	own    []netip.Addr // the gateway's
 	ipv6   bool
+	// maxTCP and maxUDP are maxTCPFlows and maxUDPFlows, or what this process's
+	// open files allow.
+	maxTCP, maxUDP int64
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -107,6 +111,11 @@ func New(c Config) (*Gateway, error) {
 		config: c, log: c.Logger,
 		dialer: net.Dialer{Timeout: dialTimeout},
 		guests: []netip.Addr{guest4.Addr()}, own: []netip.Addr{gateway4},
+	}
+	g.maxTCP, g.maxUDP = maxTCPFlows, maxUDPFlows
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err == nil && files.Cur < 1<<20 {
+		g.maxTCP, g.maxUDP = min(maxTCPFlows, int64(files.Cur/4)), min(maxUDPFlows, int64(files.Cur/8))
 	}
 	// A guest with an IPv6 address that leads nowhere would wait for nothing.
 	if _, err := rtnetlink.RouteType(netip.MustParseAddr("2000::1")); err == nil {
@@ -148,7 +157,7 @@ func (g *Gateway) start() error {
 	if err := g.tuneTCP(); err != nil {
 		return err
 	}
-	g.stack.SetTransportProtocolHandler(tcp.ProtocolNumber, tcp.NewForwarder(g.stack, usualBuffer, maxTCPFlows, g.forwardTCP).HandlePacket)
+	g.stack.SetTransportProtocolHandler(tcp.ProtocolNumber, tcp.NewForwarder(g.stack, usualBuffer, int(g.maxTCP), g.forwardTCP).HandlePacket)
 	g.stack.SetTransportProtocolHandler(udp.ProtocolNumber, udp.NewForwarder(g.stack, g.forwardUDP).HandlePacket)
 	return g.serveNames()
 }

@@ -3,15 +3,11 @@ package network
 import (
 	"context"
 	"errors"
-	"io"
 	"net"
 	"net/netip"
 	"slices"
-	"sync"
-	"syscall"
 	"time"
 
-	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
@@ -42,7 +38,7 @@ func (g *Gateway) forwardTCP(r *tcp.ForwarderRequest) {
 		return
 	}
 	defer g.flows.Done()
-	if g.counts.tcpOpen.Add(1) > maxTCPFlows {
+	if g.counts.tcpOpen.Add(1) > g.maxTCP {
 		g.counts.tcpOpen.Add(-1)
 		r.Complete(false)
 		g.tell(Event{Protocol: "tcp", Destination: to, Verdict: Limited, Reason: "too many connections are open"})
@@ -75,7 +71,11 @@ func (g *Gateway) forwardTCP(r *tcp.ForwarderRequest) {
 		outside.Close()
 	})
 	defer stop()
-	sent, received, err := relay(inside, endpoint, outside.(*net.TCPConn), g.chunk)
+	abort := func() {
+		Reset(outside)
+		endpoint.Abort()
+	}
+	sent, received, err := Relay(inside, outside.(*net.TCPConn), abort, g.counts.tcpOpen.Load() <= LargeBuffers)
 	e := Event{Protocol: "tcp", Destination: to, Verdict: Allowed, Sent: sent, Received: received, Duration: time.Since(began)}
 	if err != nil {
 		e.Reason = err.Error()
@@ -106,88 +106,4 @@ func refused(protocol string, to netip.AddrPort, err error) Event {
 func destination(id stack.TransportEndpointID) netip.AddrPort {
 	addr, _ := netip.AddrFromSlice(id.LocalAddress.AsSlice())
 	return netip.AddrPortFrom(addr, id.LocalPort)
-}
-
-// relay joins the two connections until both directions have ended. An end of
-// one side's data becomes one on the other; a connection that breaks breaks the
-// other one. It closes both.
-func relay(inside *gonet.TCPConn, endpoint tcpip.Endpoint, outside *net.TCPConn, chunk func() (*[]byte, func())) (sent, received int64, err error) {
-	var once sync.Once
-	abort := func(cause error) {
-		once.Do(func() {
-			err = cause
-			_ = outside.SetLinger(0) // a reset, not an end
-			outside.Close()
-			endpoint.Abort()
-		})
-	}
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		var cerr error
-		if sent, cerr = copyStream(outside, inside, chunk); cerr == nil {
-			cerr = outside.CloseWrite()
-		}
-		if cerr != nil {
-			abort(cerr)
-		}
-	})
-	wg.Go(func() {
-		var cerr error
-		if received, cerr = copyStream(inside, outside, chunk); cerr == nil {
-			cerr = inside.CloseWrite()
-		}
-		if cerr != nil {
-			abort(cerr)
-		}
-	})
-	wg.Wait()
-	inside.Close()
-	outside.Close()
-	if errors.Is(err, syscall.ENOTCONN) {
-		err = nil // the other side had ended everything before
-	}
-	return sent, received, err
-}
-
-// copyStream copies to the end of from. Many connections that wait must not hold
-// a large buffer each, so its size is of the moment.
-func copyStream(to io.Writer, from io.Reader, chunk func() (*[]byte, func())) (n int64, err error) {
-	buf, free := chunk()
-	defer free()
-	for {
-		k, err := from.Read(*buf)
-		if k > 0 {
-			if _, werr := to.Write((*buf)[:k]); werr != nil {
-				return n, werr
-			}
-			n += int64(k)
-		}
-		if errors.Is(err, io.EOF) {
-			return n, nil
-		}
-		if err != nil {
-			return n, err
-		}
-	}
-}
-
-// The buffers for copying: large ones while few connections are open.
-const (
-	largeChunk  = 64 << 10
-	smallChunk  = 4 << 10
-	fewTCPFlows = 64
-)
-
-var (
-	largeChunks = sync.Pool{New: func() any { b := make([]byte, largeChunk); return &b }}
-	smallChunks = sync.Pool{New: func() any { b := make([]byte, smallChunk); return &b }}
-)
-
-func (g *Gateway) chunk() (*[]byte, func()) {
-	pool := &largeChunks
-	if g.counts.tcpOpen.Load() > fewTCPFlows {
-		pool = &smallChunks
-	}
-	b := pool.Get().(*[]byte)
-	return b, func() { pool.Put(b) }
 }

@@ -52,7 +52,7 @@ func (g *Gateway) forwardUDP(r *udp.ForwarderRequest) bool {
 	if slices.Contains(g.own, to.Addr()) {
 		return false
 	}
-	if g.counts.udpOpen.Add(1) > maxUDPFlows {
+	if g.counts.udpOpen.Add(1) > g.maxUDP {
 		g.counts.udpOpen.Add(-1)
 		g.tell(Event{Protocol: "udp", Destination: to, Verdict: Limited, Reason: "too many pairs of ports are in use"})
 		return true

@@ -1,6 +1,7 @@
 package supervisor
 
 import (
+	"net/netip"
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -42,6 +43,11 @@ type Config struct {
 	// Ephemeral removes the machine's directory at the end. The directory of
 	// other machines stays, with their logs and how they ended.
 	Ephemeral bool `json:"ephemeral"`
+	// Network is the policy, one of api.NetworkOff and its like; "" is off.
+	Network string `json:"network,omitempty"`
+	// NetworkAllow is for tests: network.Config.Allow. Nothing that a user can
+	// say leads here.
+	NetworkAllow []netip.Prefix `json:"network_allow,omitempty"`
 }
 
 // Ending is how a machine that is not ephemeral ended, as its supervisor wrote
@@ -82,6 +88,10 @@ type Status struct {
 	PIDs   []int  `json:"pids"`
 	// Notes are sentences for the user, such as that KVM was given up.
 	Notes []string `json:"notes,omitempty"`
+	// Network is nil for a guest without one.
+	Network *NetworkStatus `json:"network,omitempty"`
+	// Published are the ports of this host that lead to the guest.
+	Published []PublishedPort `json:"published,omitempty"`
 }
 
 // record is machine.json: what a clean-up after a crash needs.

@@ -30,6 +30,7 @@ const (
 	pathExpiry   = "/v1/expiry"
 	pathSnapshot = "/v1/snapshot"
 	pathDisk     = "/v1/disk"
+	pathPublish  = "/v1/publish"
 )
 
 // expiryRequest is the body of a POST to pathExpiry.
@@ -52,8 +53,12 @@ func (s *supervisor) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+pathStatus, func(w http.ResponseWriter, _ *http.Request) {
 		s.mu.Lock()
-		status := s.status
+		status, egress := s.status, s.egress
 		s.mu.Unlock()
+		if egress != nil {
+			status.Network = egress.status(s.cfg.Network)
+		}
+		status.Published = s.published.list()
 		writeJSON(w, http.StatusOK, status)
 	})
 	mux.HandleFunc("GET "+pathConsole, func(w http.ResponseWriter, _ *http.Request) {
@@ -94,6 +99,7 @@ func (s *supervisor) handler() http.Handler {
 		defer s.snapshotMu.Unlock()
 		writeJSON(w, http.StatusOK, s.disk)
 	})
+	s.handlePublish(mux)
 	return mux
 }
 

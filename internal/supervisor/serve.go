@@ -69,6 +69,9 @@ type supervisor struct {
 	expired bool
 	kept    bool        // the lease has been let go
 	expiry  *time.Timer // nil without a time to live
+	egress  *egress     // nil without a network
+
+	published *publishing
 }
 
 // Main runs the supervisor in this process, which has been started by [Spawn].
@@ -149,7 +152,7 @@ func newSupervisor(cfg Config) (*supervisor, error) {
 		return nil, err
 	}
 	return &supervisor{
-		cfg: cfg, dir: dir, console: console, bootLimit: bootTimeout, disk: cfg.Spec.Disk,
+		cfg: cfg, dir: dir, console: console, bootLimit: bootTimeout, disk: cfg.Spec.Disk, published: newPublishing(),
 		log: slog.New(slog.NewTextHandler(logFile, nil)).With("machine", dir.ID()),
 	}, nil
 }
@@ -195,7 +198,13 @@ func (s *supervisor) run(resultPipe *os.File, engines []engine.Engine) int {
 	}
 	s.setExpiry(s.cfg.TTL)
 	defer s.setExpiry(0)
-	err := s.start(ctx, engines)
+	err := checkNetwork(s.cfg.Network)
+	if err == nil {
+		err = s.start(ctx, engines)
+	}
+	if err == nil {
+		err = s.startNetwork(ctx)
+	}
 	if err == nil {
 		s.mu.Lock()
 		status := s.status
@@ -466,6 +475,7 @@ func (s *supervisor) end(cause error) {
 	scale := max(1, s.status.TimeScale)
 	s.mu.Unlock()
 	s.log.Info("ending", "cause", cause)
+	s.published.end()
 	if m != nil {
 		grace := time.Duration(0)
 		// Nothing on an ephemeral disk is worth the time a clean power-off takes.
