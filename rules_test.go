@@ -75,7 +75,7 @@ var layers = [][]string{
 	{"internal/store"},
 	{"internal/statedir"},
 	{"internal/hostproc", "internal/boundedlog", "internal/manifest", "internal/rtnetlink"},
-	{"internal/testenv"},
+	{"internal/testenv", "internal/failpoint"},
 	{"api"},
 }
 

@@ -23,6 +23,7 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/boundedlog"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/guestconn"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
@@ -210,7 +211,9 @@ func (s *supervisor) run(resultPipe *os.File, engines []engine.Engine) int {
 		status := s.status
 		s.mu.Unlock()
 		report(resultPipe, result{Status: &status})
+		failpoint.Hit("supervise/reported")
 		s.serve(ctx)
+		failpoint.Hit("supervise-end/begun")
 	}
 	s.cancel(err)
 	s.end(context.Cause(ctx))
@@ -292,7 +295,9 @@ func (s *supervisor) boot(ctx context.Context, eng engine.Engine, notes []string
 	if err := os.MkdirAll(spec.Dir, 0o700); err != nil {
 		return fmt.Errorf("making the engine's directory: %w", err)
 	}
+	failpoint.Hit("supervise/configured")
 	m, err := eng.Start(ctx, spec)
+	failpoint.Hit("supervise/running")
 	if err != nil {
 		return causeOf(ctx, err)
 	}
@@ -300,7 +305,9 @@ func (s *supervisor) boot(ctx context.Context, eng engine.Engine, notes []string
 	s.machine = m
 	s.mu.Unlock()
 	s.writeRecord(m)
+	failpoint.Hit("supervise/recorded")
 	hello, err := s.firstAnswer(ctx, m, caps)
+	failpoint.Hit("supervise/answered")
 	if err != nil {
 		exited := s.exitReason(m)
 		if stopErr := m.Stop(context.WithoutCancel(ctx), 0); stopErr != nil {
@@ -487,6 +494,7 @@ func (s *supervisor) end(cause error) {
 			s.log.Error("stopping the machine", "error", err)
 		}
 	}
+	failpoint.Hit("supervise-end/stopped")
 	if !s.cfg.Ephemeral {
 		s.writeEnding(cause)
 	}

@@ -7,6 +7,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 )
 
@@ -34,7 +35,9 @@ func (s *supervisor) snapshot(ctx context.Context, spare string) (string, error)
 	if err := guestclient.New(m.DialGuest, guestclient.Options{}).Flush(flush); err != nil {
 		return "", fmt.Errorf("letting the guest flush its files: %w", err)
 	}
+	failpoint.Hit("supervise-snapshot/flushed")
 	frozen, err := snapshotter.SnapshotDisk(ctx, spare)
+	failpoint.Hit("supervise-snapshot/taken")
 	if err == nil && frozen != spare {
 		s.disk = spare
 	}

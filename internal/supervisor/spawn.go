@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/guestconn"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 	"github.com/pyro-mcp/pyro/internal/statedir"
@@ -63,6 +64,7 @@ func Spawn(ctx context.Context, o SpawnOptions) (_ *Process, err error) {
 	if err := os.Mkdir(dir.Path(), 0o700); err != nil && (o.Config.Ephemeral || !errors.Is(err, os.ErrExist)) {
 		return nil, fmt.Errorf("creating the machine's directory: %w", err)
 	}
+	failpoint.Hit("spawn/directory")
 	// Whoever clears up after killed commands tries every lock for a moment.
 	lock, err := hostproc.LockWithin(ctx, dir.LockFile(), time.Second)
 	if err != nil {
@@ -84,11 +86,14 @@ func Spawn(ctx context.Context, o SpawnOptions) (_ *Process, err error) {
 			return nil, fmt.Errorf("clearing up after the machine's last run: %w", err)
 		}
 	}
+	failpoint.Hit("spawn/locked")
 	rec := record{ID: dir.ID(), Engine: o.Config.Engine, CreatedAt: time.Now().UTC(), Ephemeral: o.Config.Ephemeral}
 	if err := statedir.WriteJSON(dir.RecordFile(), rec); err != nil {
 		return nil, err
 	}
+	failpoint.Hit("spawn/recorded")
 	p, pipe, err := start(dir, o, lock)
+	failpoint.Hit("spawn/process")
 	if err != nil {
 		return nil, fmt.Errorf("starting the supervisor: %w", err)
 	}

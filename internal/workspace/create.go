@@ -17,6 +17,7 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/environment"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 	"github.com/pyro-mcp/pyro/internal/seed"
@@ -191,8 +192,10 @@ func (m *Manager) claim(ctx context.Context, c engine.Candidate, req api.CreateR
 		return nil, err
 	}
 	lock, err := hostproc.TryLock(dir.LockFile())
+	failpoint.Hit("create/locked")
 	if err == nil {
 		err = st.Create(ctx, ws)
+		failpoint.Hit("create/recorded")
 	}
 	if err != nil {
 		lock.Close()
@@ -209,6 +212,7 @@ func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Sourc
 	if err != nil {
 		return err
 	}
+	failpoint.Hit("create/gathered")
 	err = h.update(ctx, func(ws *store.Workspace) error {
 		if image != nil {
 			ws.EnvironmentDigest = image.Digest
@@ -227,19 +231,23 @@ func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Sourc
 	if err != nil {
 		return err
 	}
+	failpoint.Hit("create/described")
 	p, err := h.startMachine(ctx, c, h.diskOf(h.Workspace), req.Progress)
 	if err != nil {
 		return err
 	}
 	defer p.Release()
+	failpoint.Hit("create/booted")
 	if sd != nil && !c.SeedLayer {
 		if err := upload(ctx, p, sd, req.Progress); err != nil {
 			return explain(ctx, p, err)
 		}
 	}
+	failpoint.Hit("create/seeded")
 	if err := h.baseline(ctx, p, sd, c); err != nil {
 		return err
 	}
+	failpoint.Hit("create/baseline")
 	err = h.update(ctx, func(ws *store.Workspace) error {
 		ws.Intent = ""
 		ws.LastActivityAt = time.Now().UTC()
@@ -249,7 +257,10 @@ func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Sourc
 	if err != nil {
 		return err
 	}
-	return p.Keep(ctx)
+	failpoint.Hit("create/started")
+	err = p.Keep(ctx)
+	failpoint.Hit("create/kept")
+	return err
 }
 
 // ingredients gets the environment's image and the seed, both at once. Either

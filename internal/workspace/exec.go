@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 	"github.com/pyro-mcp/pyro/internal/statedir"
@@ -49,12 +50,14 @@ func (m *Manager) Exec(ctx context.Context, ref string, req api.ExecRequest) (*a
 	if req.Started != nil {
 		req.Started(sequence)
 	}
+	failpoint.Hit("exec/recorded")
 	dir := m.state.Workspace(ws.WorkspaceID)
 	c := command{argv: req.Argv, env: req.Env, cwd: req.Cwd, timeout: max(req.Timeout, 0), stdin: req.Stdin, tty: req.TTY, resize: req.Resize,
 		stdout: recorder{to: req.Stdout, file: newJournalFile(dir, sequence, streamStdout)},
 		stderr: recorder{to: req.Stderr, file: newJournalFile(dir, sequence, streamStderr)}}
 	sup, client := m.guest(ws)
 	res, err := c.run(ctx, client)
+	failpoint.Hit("exec/ran")
 	if recordErr := m.record(ctx, ws.WorkspaceID, sequence, &c, res); recordErr != nil {
 		m.log.Error("writing the journal", "workspace", ws.WorkspaceID, "sequence", sequence, "error", recordErr)
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/archive"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
@@ -47,13 +48,16 @@ func (m *Manager) Export(ctx context.Context, ref string, req api.ExportRequest)
 	}
 	defer out.discard()
 	sup, client := m.guest(ws)
+	failpoint.Hit("export/staged")
 	res, err := out.receive(ctx, client, string(from))
+	failpoint.Hit("export/received")
 	if err != nil {
 		return nil, m.whyBroken(ctx, ws, sup, fmt.Errorf("exporting %s: %w", from, err))
 	}
 	if err := out.publish(res.ArtifactType); err != nil {
 		return nil, err
 	}
+	failpoint.Hit("export/published")
 	res.WorkspaceID = ws.WorkspaceID
 	st, err := m.store(ctx)
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 	"github.com/dustin/go-humanize"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 	"github.com/pyro-mcp/pyro/internal/seed"
 	"github.com/pyro-mcp/pyro/internal/store"
@@ -166,6 +167,7 @@ func (m *Manager) SyncPush(ctx context.Context, ref string, req api.SyncRequest)
 	if err != nil {
 		return nil, m.whyBroken(ctx, ws, sup, err)
 	}
+	failpoint.Hit("sync/applied")
 	err = m.edited(ctx, ws, eventSync, map[string]any{"source": source.Path, "destination": string(reply.Destination), "entries": reply.EntryCount})
 	if err != nil {
 		return nil, err

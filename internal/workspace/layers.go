@@ -12,6 +12,7 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/engine/gvisor"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/seed"
 	"github.com/pyro-mcp/pyro/internal/store"
 )
@@ -178,9 +179,11 @@ func (h *held) mergeLayers(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		failpoint.Hit("compact/merged")
 		if err := st.DropLayer(ctx, h.WorkspaceID, chain[i]); err != nil {
 			return err
 		}
+		failpoint.Hit("compact/dropped")
 		if h.Workspace, err = st.Get(ctx, h.WorkspaceID); err != nil {
 			return err
 		}
@@ -237,7 +240,9 @@ func (h *held) freeze(ctx context.Context, machine interface {
 	if err != nil {
 		return nil, "", err
 	}
+	failpoint.Hit("snapshot/recorded")
 	path, err := machine.SnapshotDisk(ctx, h.m.state.Layer(spare))
+	failpoint.Hit("snapshot/frozen")
 	if err != nil {
 		if h.Intent == intentSnapshot {
 			err = errors.Join(err, h.settle(ctx))
@@ -256,6 +261,7 @@ func (h *held) freeze(ctx context.Context, machine interface {
 		}
 		return nil
 	})
+	failpoint.Hit("snapshot/switched")
 	return chain, frozen, err
 }
 

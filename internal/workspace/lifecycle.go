@@ -11,6 +11,7 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/engine/gvisor"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 	"github.com/pyro-mcp/pyro/internal/store"
 	"github.com/pyro-mcp/pyro/internal/supervisor"
@@ -88,11 +89,13 @@ func (h *held) start(ctx context.Context, progress func(api.Progress)) (err erro
 	if err != nil {
 		return err
 	}
+	failpoint.Hit("start/recorded")
 	p, err := h.startMachine(ctx, c, h.diskOf(h.Workspace), progress)
 	if err != nil {
 		return errors.Join(err, h.giveUp(ctx, err))
 	}
 	defer p.Release()
+	failpoint.Hit("start/booted")
 	err = h.update(ctx, func(ws *store.Workspace) error {
 		ws.Intent, ws.LastError, ws.LastActivityAt = "", nil, time.Now().UTC()
 		ws.Isolation, ws.ExecutionMode, ws.TimeScale = p.Status.Isolation, executionMode(p.Status.Isolation), p.Status.TimeScale
@@ -101,7 +104,10 @@ func (h *held) start(ctx context.Context, progress func(api.Progress)) (err erro
 	if err != nil {
 		return err
 	}
-	return p.Keep(ctx)
+	failpoint.Hit("start/started")
+	err = p.Keep(ctx)
+	failpoint.Hit("start/kept")
+	return err
 }
 
 // giveUp records that the workspace could not be started.
@@ -151,6 +157,7 @@ func (h *held) stop(ctx context.Context) error {
 	end, cancel := context.WithTimeout(ctx, stopLimit)
 	defer cancel()
 	err := supervisor.NewClient(h.machine()).Stop(end)
+	failpoint.Hit("stop/asked")
 	if err == nil {
 		err = supervisor.WaitGone(end, h.machine())
 	}
@@ -164,6 +171,7 @@ func (h *held) stop(ctx context.Context) error {
 	if err := supervisor.Kill(context.WithoutCancel(ctx), h.machine()); err != nil {
 		return err
 	}
+	failpoint.Hit("stop/gone")
 	err = h.update(ctx, func(ws *store.Workspace) error {
 		ws.LastError = nil
 		if forced {
@@ -175,6 +183,7 @@ func (h *held) stop(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	failpoint.Hit("stop/recorded")
 	// Layers of snapshots that were deleted while the machine stood on them.
 	if err := h.compact(ctx); err != nil {
 		h.m.log.Warn("giving back the room of deleted snapshots", "workspace", h.WorkspaceID, "error", err)
@@ -208,15 +217,19 @@ func (h *held) destroy(ctx context.Context) error {
 			return err
 		}
 	}
+	failpoint.Hit("delete/recorded")
 	if err := supervisor.Remove(ctx, h.machine()); err != nil {
 		return err
 	}
+	failpoint.Hit("delete/gone")
 	if err := st.Delete(ctx, h.WorkspaceID); err != nil {
 		return err
 	}
+	failpoint.Hit("delete/forgotten")
 	if _, err := h.m.collect(ctx); err != nil {
 		h.m.log.Warn("removing disk layers", "error", err) // garbage now: prune meets it again
 	}
+	failpoint.Hit("delete/collected")
 	return os.RemoveAll(h.dir.Path())
 }
 
@@ -284,6 +297,7 @@ func (m *Manager) expireThese(ctx context.Context, due []*store.Workspace) (dele
 			errs = append(errs, err)
 			continue
 		}
+		failpoint.Hit("expire/held")
 		// It may have been given more time since it was listed.
 		if expired(h.Workspace) {
 			if err := h.destroy(context.WithoutCancel(ctx)); err != nil {
@@ -323,7 +337,9 @@ func (m *Manager) PruneWorkspaces(ctx context.Context) (*api.PruneResult, error)
 		}
 		deleted = append(deleted, ws.WorkspaceID)
 	}
+	failpoint.Hit("prune/expired")
 	orphans, err := m.removeOrphans(ctx, known)
+	failpoint.Hit("prune/orphans")
 	errs = append(errs, err)
 	layers, err := m.collect(ctx)
 	errs = append(errs, err)

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 	"github.com/pyro-mcp/pyro/internal/manifest"
@@ -42,6 +43,7 @@ func (m *Manager) ApplyPatch(ctx context.Context, ref string, text []byte) (*api
 	if err != nil {
 		return nil, m.whyBroken(ctx, h.Workspace, sup, err)
 	}
+	failpoint.Hit("patch/applied")
 	detail := map[string]any{"files": res.Summary.Total}
 	if err := m.edited(ctx, h.Workspace, eventPatch, detail); err != nil {
 		return nil, err
@@ -64,6 +66,7 @@ func (m *Manager) applyPatch(ctx context.Context, client *guestclient.Client, p 
 	if err != nil {
 		return nil, err
 	}
+	failpoint.Hit("patch/read")
 	req := guestproto.SyncRequest{Destination: api.WorkspacePath, ReplaceKinds: true}
 	for _, p := range remove {
 		req.Remove = append(req.Remove, guestproto.Path(p))

@@ -8,6 +8,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/seed"
 	"github.com/pyro-mcp/pyro/internal/store"
@@ -86,6 +87,7 @@ func (h *held) snapshot(ctx context.Context, name string) (*api.Snapshot, error)
 	if err := st.PutSnapshot(ctx, h.WorkspaceID, snap); err != nil {
 		return nil, err
 	}
+	failpoint.Hit("snapshot/listed")
 	return &snap.Snapshot, st.AppendEvent(ctx, h.WorkspaceID, eventSnapshot, map[string]any{"name": name})
 }
 
@@ -105,6 +107,7 @@ func (m *Manager) seedFromGuest(ctx context.Context, client *guestclient.Client)
 	if _, err := client.ExportArchive(ctx, api.WorkspacePath, f); err != nil {
 		return "", err
 	}
+	failpoint.Hit("snapshot/spooled")
 	sd, err := seeds.Build(ctx, seed.Source{Path: f.Name()}, nil)
 	if err != nil {
 		return "", fmt.Errorf("keeping the workspace's files: %w", err)
@@ -125,6 +128,7 @@ func (h *held) freezeStopped(ctx context.Context) (chain []string, frozen string
 		ws.ActiveLayer = newLayer(engine.DiskFormat(ws.DiskFormat))
 		return nil
 	})
+	failpoint.Hit("snapshot-stopped/switched")
 	return chain, frozen, err
 }
 
@@ -172,6 +176,7 @@ func (m *Manager) DeleteSnapshot(ctx context.Context, ref, name string) error {
 	if err := st.AppendEvent(ctx, h.WorkspaceID, eventSnapshotDeleted, map[string]any{"name": name}); err != nil {
 		return err
 	}
+	failpoint.Hit("snapshot-delete/forgotten")
 	if err := h.compact(ctx); err != nil {
 		return fmt.Errorf("giving back the room of snapshot %q: %w", name, err)
 	}
@@ -240,6 +245,7 @@ func (h *held) reset(ctx context.Context, name string, progress func(api.Progres
 			return err
 		}
 	}
+	failpoint.Hit("reset/dropped")
 	fresh := disk{chain: snap.Chain, active: newLayer(engine.DiskFormat(h.DiskFormat))}
 	if snap.Layer != "" {
 		fresh.chain = append(fresh.chain[:len(fresh.chain):len(fresh.chain)], snap.Layer)
@@ -251,6 +257,7 @@ func (h *held) reset(ctx context.Context, name string, progress func(api.Progres
 	if err != nil {
 		return err
 	}
+	failpoint.Hit("reset/recorded")
 	p, err := h.startMachine(ctx, c, fresh, progress)
 	if err != nil {
 		pending := fresh.active
@@ -263,6 +270,7 @@ func (h *held) reset(ctx context.Context, name string, progress func(api.Progres
 		return err
 	}
 	defer p.Release()
+	failpoint.Hit("reset/booted")
 	last := h.LastEvent
 	now := time.Now().UTC()
 	err = h.update(ctx, func(ws *store.Workspace) error {
@@ -278,16 +286,20 @@ func (h *held) reset(ctx context.Context, name string, progress func(api.Progres
 	if err != nil {
 		return err
 	}
+	failpoint.Hit("reset/switched")
 	if err := p.Keep(ctx); err != nil {
 		return err
 	}
+	failpoint.Hit("reset/kept")
 	// The new machine is the workspace's; what follows only tidies up.
 	if err := st.ClearCommands(ctx, h.WorkspaceID); err != nil {
 		return err
 	}
+	failpoint.Hit("reset/forgotten")
 	if err := os.RemoveAll(h.dir.CommandsDir()); err != nil {
 		return err
 	}
+	failpoint.Hit("reset/cleared")
 	if err := os.Mkdir(h.dir.CommandsDir(), 0o700); err != nil {
 		return err
 	}

@@ -1,0 +1,31 @@
+//go:build failpoints
+
+package failpoint
+
+import (
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Variable is the environment variable that arms one failpoint: NAME kills the
+// process that comes there, as kill -9 does; NAME=stop halts it as SIGSTOP does,
+// until somebody sends SIGCONT.
+const Variable = "PYRO_FAILPOINT"
+
+// Hit is where the failpoint of that name is.
+func Hit(name string) {
+	armed, action, _ := strings.Cut(os.Getenv(Variable), "=")
+	if armed != name {
+		return
+	}
+	sig := unix.SIGKILL
+	if action == "stop" {
+		sig = unix.SIGSTOP
+	}
+	// The signal reaches this process before the call returns.
+	if err := unix.Kill(os.Getpid(), sig); err != nil {
+		panic(err)
+	}
+}
