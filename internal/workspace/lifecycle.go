@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/engine/gvisor"
@@ -230,7 +232,13 @@ func (h *held) destroy(ctx context.Context) error {
 		h.m.log.Warn("removing disk layers", "error", err) // garbage now: prune meets it again
 	}
 	failpoint.Hit("delete/collected")
-	return os.RemoveAll(h.dir.Path())
+	// Whoever waits for the lock may make its file once more while this goes on.
+	for range 10 {
+		if err = os.RemoveAll(h.dir.Path()); !errors.Is(err, unix.ENOTEMPTY) {
+			break
+		}
+	}
+	return err
 }
 
 // setExpiry lets a workspace end ttl from now; 0 means never.

@@ -84,7 +84,10 @@ func (m *Manager) holdRow(ctx context.Context, ws *store.Workspace, patience tim
 	lock, err := hostproc.LockWithin(ctx, dir.LockFile(), patience)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
-		// The row outlived its directory: a deletion was cut off just there.
+		if _, err := st.Get(ctx, ws.WorkspaceID); err != nil {
+			return nil, err // deleted while this waited
+		}
+		// The row outlived its directory: somebody removed that by hand.
 		if err := statedir.MakePrivate(dir.Path()); err != nil {
 			return nil, err
 		}
@@ -103,6 +106,10 @@ func (m *Manager) holdRow(ctx context.Context, ws *store.Workspace, patience tim
 		err = h.settle(ctx)
 	}
 	if err != nil {
+		if errors.Is(err, api.ErrNotFound) && h.Workspace == nil {
+			// Deleted while this waited, and the lock's file made anew by that.
+			err = errors.Join(err, os.RemoveAll(dir.Path()))
+		}
 		lock.Close()
 		return nil, err
 	}
