@@ -85,6 +85,10 @@ func Spawn(ctx context.Context, o SpawnOptions) (_ *Process, err error) {
 		if err := clearMachine(ctx, dir); err != nil {
 			return nil, fmt.Errorf("clearing up after the machine's last run: %w", err)
 		}
+		// How that one ended says nothing about how this one will.
+		if err := os.Remove(dir.EndingFile()); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
 	}
 	failpoint.Hit("spawn/locked")
 	rec := record{ID: dir.ID(), Engine: o.Config.Engine, CreatedAt: time.Now().UTC(), Ephemeral: o.Config.Ephemeral}
