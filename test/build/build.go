@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 )
 
@@ -29,7 +30,7 @@ func Main(m *testing.M, programs *string, race bool) int {
 // race detector in pyro if race is set. The go command's cache makes this quick
 // from the second time on. pyro-runsc takes minutes to build: the one that make
 // build made is linked into dir, if there is one.
-func Programs(dir string, race bool) error {
+func Programs(dir string, race bool, tags ...string) error {
 	_, self, _, ok := runtime.Caller(0)
 	if !ok {
 		return fmt.Errorf("cannot tell where the sources are")
@@ -51,6 +52,9 @@ func Programs(dir string, race bool) error {
 			args, cgo = append(args, "-race"), "CGO_ENABLED=1"
 		} else {
 			args = append(args, "-ldflags=-s -w")
+		}
+		if p.name == "pyro" && len(tags) > 0 {
+			args = append(args, "-tags="+strings.Join(tags, ","))
 		}
 		cmd := exec.Command("go", append(args, "-o", filepath.Join(dir, p.name), "./cmd/"+p.name)...)
 		cmd.Dir = root
