@@ -69,7 +69,13 @@ func TestScripts(t *testing.T) {
 		},
 		Condition: func(cond string) (bool, error) {
 			// [engine:NAME] holds on that engine, [vm] on those with a kernel
-			// of the guest's own.
+			// of the guest's own. The other two are in project_test.go.
+			if name, ok := strings.CutPrefix(cond, "project:"); ok {
+				return hasProject(name)
+			}
+			if name, ok := strings.CutPrefix(cond, "environment:"); ok {
+				return hasEnvironment(engine, cache, name)
+			}
 			if name, ok := strings.CutPrefix(cond, "engine:"); ok {
 				return name == engine, nil
 			}
@@ -87,6 +93,7 @@ func TestScripts(t *testing.T) {
 			"field":    cmdField,
 			"peak":     cmdPeak,
 			"gone":     cmdGone,
+			"project":  cmdProject,
 		},
 	})
 }
