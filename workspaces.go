@@ -2,6 +2,7 @@ package pyro
 
 import (
 	"context"
+	"io"
 
 	"github.com/pyro-mcp/pyro/api"
 )
@@ -159,4 +160,77 @@ func (c *Client) DiskRead(ctx context.Context, ref, path string, maxBytes int64)
 // at which nothing is yet.
 func (c *Client) DiskExport(ctx context.Context, ref, output string) (*api.DiskExport, error) {
 	return c.m.DiskExport(ctx, ref, output)
+}
+
+// OpenShell starts an interactive session on a terminal in a running workspace.
+// It goes on when this process ends, until it is closed, its shell exits, or the
+// workspace is stopped or reset.
+func (c *Client) OpenShell(ctx context.Context, ref string, req api.OpenShellRequest) (*api.Shell, error) {
+	return c.m.OpenShell(ctx, ref, req)
+}
+
+// Shells lists a workspace's shells, the oldest first.
+func (c *Client) Shells(ctx context.Context, ref string) ([]api.Shell, error) {
+	return c.m.Shells(ctx, ref)
+}
+
+// ReadShell reads a shell's output from a cursor on. Reading consumes nothing.
+func (c *Client) ReadShell(ctx context.Context, ref, id string, req api.ReadShellRequest) (*api.ShellRead, error) {
+	return c.m.ReadShell(ctx, ref, id, req)
+}
+
+// WriteShell types text into a shell, with a newline behind it if newline says
+// so.
+func (c *Client) WriteShell(ctx context.Context, ref, id, input string, newline bool) (*api.ShellWrite, error) {
+	return c.m.WriteShell(ctx, ref, id, input, newline)
+}
+
+// SignalShell sends HUP, INT ("" too), TERM or KILL to what runs in a shell's
+// foreground.
+func (c *Client) SignalShell(ctx context.Context, ref, id, signal string) (*api.ShellSignal, error) {
+	return c.m.SignalShell(ctx, ref, id, signal)
+}
+
+// CloseShell ends a shell with everything that runs in it.
+func (c *Client) CloseShell(ctx context.Context, ref, id string) (*api.ShellClose, error) {
+	return c.m.CloseShell(ctx, ref, id)
+}
+
+// AttachShell connects a terminal with a shell until the shell ends, which is
+// returned, or ctx does, which leaves it running.
+func (c *Client) AttachShell(ctx context.Context, ref, id string, req api.AttachRequest) (*api.Shell, error) {
+	return c.m.AttachShell(ctx, ref, id, req)
+}
+
+// StartService starts a named long-running command and returns when it is
+// ready, or has failed, which is a result: then nothing of it runs.
+func (c *Client) StartService(ctx context.Context, ref, name string, req api.StartServiceRequest) (*api.Service, error) {
+	return c.m.StartService(ctx, ref, name, req)
+}
+
+// Services lists a workspace's services by name, those that have ended included.
+func (c *Client) Services(ctx context.Context, ref string) ([]api.Service, error) {
+	return c.m.Services(ctx, ref)
+}
+
+// Service says how one service is.
+func (c *Client) Service(ctx context.Context, ref, name string) (*api.Service, error) {
+	return c.m.Service(ctx, ref, name)
+}
+
+// StopService ends a service and closes its ports.
+func (c *Client) StopService(ctx context.Context, ref, name string) (*api.Service, error) {
+	return c.m.StopService(ctx, ref, name)
+}
+
+// ServiceLogs returns a service's output: its last tail lines, nil for all that
+// is kept.
+func (c *Client) ServiceLogs(ctx context.Context, ref, name string, tail *int64) (*api.ServiceLogs, error) {
+	return c.m.ServiceLogs(ctx, ref, name, tail)
+}
+
+// FollowService writes a service's output as it comes, from the last tail lines
+// on, until the service has ended, which is returned.
+func (c *Client) FollowService(ctx context.Context, ref, name string, tail *int64, stdout, stderr io.Writer) (*api.Service, error) {
+	return c.m.FollowService(ctx, ref, name, tail, stdout, stderr)
 }

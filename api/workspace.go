@@ -113,6 +113,9 @@ type CreateRequest struct {
 	// TTL is the time until the workspace deletes itself; negative means never.
 	TTL time.Duration
 
+	// Secrets are for its commands; no record, log, disk or output shows them.
+	Secrets []Secret
+
 	Engine          string
 	Require         Require
 	AllowHostCompat bool
@@ -144,6 +147,9 @@ type ExecRequest struct {
 	Argv []string
 	Cwd  string // default /workspace
 	Env  map[string]string
+	// SecretEnv gives secrets as environment variables: by a secret's name, the
+	// variable's name.
+	SecretEnv map[string]string
 	// Timeout is DefaultTimeout if zero and none if negative.
 	Timeout time.Duration
 	// Stdin feeds the command; nil means that it reads end of file at once.

@@ -21,7 +21,7 @@ func newWorkspaceCmd(a *app) *cobra.Command {
 		newCreateCmd(a), newListCmd(a), newStatusCmd(a), newUpdateCmd(a), newLogsCmd(a), newSummaryCmd(a),
 		newStartCmd(a), newStopCmd(a), newDeleteCmd(a), newPruneCmd(a),
 		newExecCmd(a), newSyncCmd(a), newFileCmd(a), newPatchCmd(a), newDiffCmd(a), newExportCmd(a),
-		newSnapshotCmd(a), newResetCmd(a), newWorkspaceDiskCmd(a))
+		newSnapshotCmd(a), newResetCmd(a), newShellCmd(a), newServiceCmd(a), newWorkspaceDiskCmd(a))
 	cmd.Aliases = []string{"ws"}
 	cmd.Long = `A workspace is a guest with files that last: created from a copy of a project,
 used by any number of commands, rewound to a snapshot, looked at, and thrown away.
@@ -77,6 +77,8 @@ type createOptions struct {
 	req        api.CreateRequest
 	ttlSeconds float64
 	labels     []string
+	secrets    []string
+	files      []string
 	require    string
 	idOnly     bool
 }
@@ -112,7 +114,9 @@ The workspace deletes itself when --ttl-seconds are over; update changes that.`,
 	f.BoolVar(&o.req.IncludeIgnored, "include-ignored", false, "also take what a Git checkout ignores")
 	f.StringVar(&o.req.Name, "name", "", "name to call it by")
 	f.StringArrayVar(&o.labels, "label", nil, "label `KEY=VALUE`; repeatable")
-	f.StringVar(&o.req.NetworkPolicy, "network-policy", api.NetworkOff, "network policy; only off is available so far")
+	f.StringVar(&o.req.NetworkPolicy, "network-policy", api.NetworkOff, "network policy: off, egress or egress+published-ports")
+	f.StringArrayVar(&o.secrets, "secret", nil, "secret `NAME` whose value is this process's variable of that name, or NAME=VALUE, which other users may see in the process list; repeatable")
+	f.StringArrayVar(&o.files, "secret-file", nil, "secret `NAME=PATH` whose value is in a file of this host; repeatable")
 	f.IntVar(&o.req.VCPUCount, "vcpu-count", api.DefaultVCPUCount, "virtual processors")
 	f.IntVar(&o.req.MemMiB, "mem-mib", api.DefaultMemMiB, "memory in MiB")
 	f.IntVar(&o.req.DiskMiB, "disk-mib", 0, "disk in MiB (default the environment's own)")
@@ -137,7 +141,10 @@ func (o *createOptions) complete(a *app, cmd *cobra.Command) error {
 		return err
 	}
 	o.req.Require = api.Require(o.require)
-	o.req.Labels, err = parseLabels(o.labels)
+	if o.req.Labels, err = parseLabels(o.labels); err != nil {
+		return err
+	}
+	o.req.Secrets, err = parseSecrets(o.secrets, o.files, os.LookupEnv)
 	return err
 }
 
@@ -210,6 +217,13 @@ func (a *app) printWorkspace(ws *api.Workspace) error {
 		[2]string{"expires", expiryText(ws.ExpiresAt)},
 		[2]string{"commands", fmt.Sprint(ws.CommandCount)},
 	)
+	if len(ws.Secrets) > 0 {
+		var names []string
+		for _, s := range ws.Secrets {
+			names = append(names, s.Name)
+		}
+		rows = append(rows, [2]string{"secrets", strings.Join(names, " ")})
+	}
 	if ws.ResetCount > 0 && ws.LastResetAt != nil {
 		rows = append(rows, [2]string{"resets", fmt.Sprintf("%d, the last %s", ws.ResetCount, when(*ws.LastResetAt))})
 	}

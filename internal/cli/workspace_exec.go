@@ -21,6 +21,7 @@ type execOptions struct {
 	req            api.ExecRequest
 	timeoutSeconds float64
 	env            []string
+	secretEnv      []string
 	stdin          bool
 	tty            bool
 	detach         bool
@@ -63,6 +64,7 @@ pyro workspace logs shows with its output.`,
 	f.Float64Var(&o.timeoutSeconds, "timeout-seconds", api.DefaultTimeout.Seconds(), "time limit for the command; 0 for none")
 	f.StringVar(&o.req.Cwd, "cwd", api.WorkspacePath, "directory to run it in")
 	f.StringArrayVar(&o.env, "env", nil, "environment variable `NAME=VALUE` for the command, or NAME to take this process's; repeatable")
+	addSecretEnv(cmd, &o.secretEnv)
 	f.BoolVar(&o.stdin, "stdin", false, "pass this process's stdin to the command")
 	f.BoolVarP(&o.tty, "tty", "t", false, "run it on a terminal, connected to this one")
 	f.BoolVar(&o.detach, "detach", false, "return at once; the command goes on, and logs shows it")
@@ -88,6 +90,9 @@ func (o *execOptions) complete(a *app) error {
 		return err
 	}
 	if o.req.Env, err = parseEnv(o.env, os.LookupEnv); err != nil {
+		return err
+	}
+	if o.req.SecretEnv, err = parseSecretEnv(o.secretEnv); err != nil {
 		return err
 	}
 	if o.detach && (o.tty || o.stdin) {
@@ -142,17 +147,27 @@ func (a *app) connectTerminal(ctx context.Context, req *api.ExecRequest) (restor
 	if in == nil || !term.IsTerminal(int(in.Fd())) {
 		return func() {}, nil
 	}
-	fd := int(in.Fd())
-	if cols, rows, err := term.GetSize(fd); err == nil && cols > 0 && rows > 0 {
-		req.TTY = &api.TerminalSize{Cols: uint16(cols), Rows: uint16(rows)}
-	}
 	req.Stdin = in
+	size, resize, restore, err := rawTerminal(ctx, in)
+	if err == nil {
+		req.TTY, req.Resize = &size, resize
+	}
+	return restore, err
+}
+
+// rawTerminal makes a terminal raw until restore, and tells its size and the
+// changes of that.
+func rawTerminal(ctx context.Context, in *os.File) (size api.TerminalSize, resize <-chan api.TerminalSize, restore func(), err error) {
+	fd := int(in.Fd())
+	size = api.TerminalSize{Cols: 80, Rows: 24}
+	if cols, rows, err := term.GetSize(fd); err == nil && cols > 0 && rows > 0 {
+		size = api.TerminalSize{Cols: uint16(cols), Rows: uint16(rows)}
+	}
 	was, err := term.MakeRaw(fd)
 	if err != nil {
-		return nil, fmt.Errorf("making the terminal raw: %w", err)
+		return size, nil, nil, fmt.Errorf("making the terminal raw: %w", err)
 	}
 	sizes := make(chan api.TerminalSize, 1)
-	req.Resize = sizes
 	changed := make(chan os.Signal, 1)
 	signal.Notify(changed, syscall.SIGWINCH)
 	ctx, cancel := context.WithCancel(ctx)
@@ -171,7 +186,7 @@ func (a *app) connectTerminal(ctx context.Context, req *api.ExecRequest) (restor
 			}
 		}
 	}()
-	return func() {
+	return size, sizes, func() {
 		signal.Stop(changed)
 		cancel()
 		_ = term.Restore(fd, was)

@@ -7,7 +7,7 @@ package guestproto
 //	1  2026-11-22  plain form, streaming exec and archives, hello, shutdown
 //	2  2026-11-22  flush, manifest, list_files, read_file, write_file, sync, export_files
 //	3  2026-11-22  shells and services
-//	4  2026-11-22  attach_network, dial_tcp
+//	4  2026-11-22  attach_network, dial_tcp, set_secrets
 const Version = 4
 
 // Port is the port on which the guest agent answers.

@@ -18,6 +18,9 @@ func (d *Dir) LayersDir() string { return filepath.Join(d.path, "layers") }
 // Layer is the path of the disk layer with that name.
 func (d *Dir) Layer(name string) string { return filepath.Join(d.LayersDir(), name) }
 
+// SecretsKey is the key with which this state directory's secrets are sealed.
+func (d *Dir) SecretsKey() string { return filepath.Join(d.path, "secrets.key") }
+
 // SeedsDir holds what workspaces were seeded with, by digest.
 func (d *Dir) SeedsDir() string { return filepath.Join(d.path, "seeds") }
 
@@ -41,6 +44,10 @@ func (w Workspace) LockFile() string { return filepath.Join(string(w), "lock") }
 // RecordFile repeats the database's record of the workspace and its snapshots,
 // so that the database can be made again from these files.
 func (w Workspace) RecordFile() string { return filepath.Join(string(w), "workspace.json") }
+
+// SecretsFile holds the workspace's secrets, sealed with the key in
+// [Dir.SecretsKey].
+func (w Workspace) SecretsFile() string { return filepath.Join(string(w), "secrets.sealed") }
 
 // CommandsDir holds what the workspace's commands wrote.
 func (w Workspace) CommandsDir() string { return filepath.Join(string(w), "commands") }

@@ -42,6 +42,8 @@ type Workspace struct {
 	Require api.Require `json:"require"`
 	// TimeScale is by how much the machine is slower than the host.
 	TimeScale int `json:"time_scale"`
+	// Published are the ports that were published for each service.
+	Published map[string][]api.PublishedPort `json:"published,omitempty"`
 	// Intent says what is being done to the workspace, for whoever finds it
 	// half done; "" for nothing.
 	Intent string `json:"intent"`

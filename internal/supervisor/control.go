@@ -100,6 +100,7 @@ func (s *supervisor) handler() http.Handler {
 		writeJSON(w, http.StatusOK, s.disk)
 	})
 	s.handlePublish(mux)
+	s.handleWatch(mux)
 	return mux
 }
 

@@ -40,6 +40,8 @@ type PublishedPort struct {
 	Host      string `json:"host"`
 	HostPort  int    `json:"host_port"`
 	GuestPort int    `json:"guest_port"`
+	// Service is the guest's service that it leads to, "" for none.
+	Service string `json:"service,omitempty"`
 }
 
 // publishReply answers a publish or unpublish.

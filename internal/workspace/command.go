@@ -2,12 +2,14 @@ package workspace
 
 import (
 	"context"
+	"errors"
 	"io"
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
+	"github.com/pyro-mcp/pyro/internal/redact"
 )
 
 // command is one command on its way through a guest.
@@ -20,6 +22,8 @@ type command struct {
 	tty     *api.TerminalSize
 	resize  <-chan api.TerminalSize
 
+	// redact, which may be nil, is taken out of what the command writes.
+	redact         *redact.Set
 	stdout, stderr recorder
 }
 
@@ -31,6 +35,12 @@ func (c *command) run(ctx context.Context, client *guestclient.Client) (*api.Exe
 		ex.Argv, ex.Command = nil, c.argv[0]
 	}
 	streams := guestclient.ExecIO{Stdin: c.stdin, Stdout: &c.stdout, Stderr: &c.stderr}
+	flush := func() error { return nil }
+	if c.redact != nil {
+		out, errOut := c.redact.Writer(&c.stdout), c.redact.Writer(&c.stderr)
+		streams.Stdout, streams.Stderr = out, errOut
+		flush = func() error { return errors.Join(out.Flush(), errOut.Flush()) }
+	}
 	if c.tty != nil {
 		ex.TTY = &guestproto.Resize{Cols: c.tty.Cols, Rows: c.tty.Rows}
 		var stop func()
@@ -38,6 +48,10 @@ func (c *command) run(ctx context.Context, client *guestclient.Client) (*api.Exe
 		defer stop()
 	}
 	reply, err := client.Exec(ctx, ex, streams)
+	// What was held back is part of the output, also of a command cut off.
+	if flushErr := flush(); err == nil {
+		err = flushErr
+	}
 	if err != nil {
 		return nil, err
 	}

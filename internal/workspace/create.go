@@ -114,13 +114,13 @@ func (m *Manager) fillCreate(r *api.CreateRequest) error {
 	if err := checkLabels(r.Labels); err != nil {
 		return err
 	}
+	if err := checkSecrets(r.Secrets); err != nil {
+		return err
+	}
 	switch r.NetworkPolicy {
 	case "":
 		r.NetworkPolicy = api.NetworkOff
-	case api.NetworkOff:
-	case api.NetworkEgress, api.NetworkEgressPublishing:
-		return api.WithHint(api.Errorf(api.ErrUnsupported, "network policy %q is not available: guests have no network yet", r.NetworkPolicy),
-			"leave --network-policy out, and bring what is needed in with the seed or sync push")
+	case api.NetworkOff, api.NetworkEgress, api.NetworkEgressPublishing:
 	default:
 		return api.WithHint(api.Errorf(api.ErrInvalid, "unknown network policy %q", r.NetworkPolicy),
 			"use off, egress or egress+published-ports")
@@ -176,7 +176,7 @@ func (m *Manager) claim(ctx context.Context, c engine.Candidate, req api.CreateR
 			VCPUCount: req.VCPUCount, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB, NetworkPolicy: req.NetworkPolicy,
 			CreatedAt: now, LastActivityAt: now, WorkspacePath: api.WorkspacePath,
 			WorkspaceSeed: api.WorkspaceSeed{Mode: api.SeedEmpty, Destination: api.WorkspacePath, Skipped: []api.SkippedEntry{}},
-			Secrets:       []api.SecretInfo{},
+			Secrets:       secretInfos(req.Secrets),
 		},
 		DiskFormat: string(c.Disk), Require: req.Require, Intent: intentCreate, ActiveLayer: newLayer(c.Disk),
 	}
@@ -193,6 +193,9 @@ func (m *Manager) claim(ctx context.Context, c engine.Candidate, req api.CreateR
 	}
 	lock, err := hostproc.TryLock(dir.LockFile())
 	failpoint.Hit("create/locked")
+	if err == nil {
+		err = m.sealSecrets(dir, req.Secrets)
+	}
 	if err == nil {
 		err = st.Create(ctx, ws)
 		failpoint.Hit("create/recorded")

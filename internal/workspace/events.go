@@ -14,6 +14,7 @@ const (
 	eventExport          = "export"
 	eventSnapshot        = "snapshot_created"
 	eventSnapshotDeleted = "snapshot_deleted"
+	eventService         = "service_started"
 	eventMachineEnded    = "machine_ended"
 	eventInterrupted     = "interrupted"
 )

@@ -36,13 +36,17 @@ func (m *Manager) Exec(ctx context.Context, ref string, req api.ExecRequest) (*a
 	if err != nil {
 		return nil, err
 	}
+	env, set, err := m.withSecrets(ws, req.Env, req.SecretEnv)
+	if err != nil {
+		return nil, err
+	}
 	self, err := hostproc.Identify(os.Getpid())
 	if err != nil {
 		return nil, err
 	}
 	began := time.Now().UTC()
 	sequence, err := st.BeginCommand(ctx, ws.WorkspaceID, api.CommandRecord{
-		Command: commandText(req.Argv), Cwd: req.Cwd, StartedAt: began,
+		Command: set.String(commandText(req.Argv)), Cwd: req.Cwd, StartedAt: began,
 	}, self)
 	if err != nil {
 		return nil, fmt.Errorf("writing the journal: %w", err)
@@ -52,7 +56,7 @@ func (m *Manager) Exec(ctx context.Context, ref string, req api.ExecRequest) (*a
 	}
 	failpoint.Hit("exec/recorded")
 	dir := m.state.Workspace(ws.WorkspaceID)
-	c := command{argv: req.Argv, env: req.Env, cwd: req.Cwd, timeout: max(req.Timeout, 0), stdin: req.Stdin, tty: req.TTY, resize: req.Resize,
+	c := command{argv: req.Argv, env: env, redact: set, cwd: req.Cwd, timeout: max(req.Timeout, 0), stdin: req.Stdin, tty: req.TTY, resize: req.Resize,
 		stdout: recorder{to: req.Stdout, file: newJournalFile(dir, sequence, streamStdout)},
 		stderr: recorder{to: req.Stderr, file: newJournalFile(dir, sequence, streamStderr)}}
 	sup, client := m.guest(ws)
@@ -62,8 +66,9 @@ func (m *Manager) Exec(ctx context.Context, ref string, req api.ExecRequest) (*a
 		m.log.Error("writing the journal", "workspace", ws.WorkspaceID, "sequence", sequence, "error", recordErr)
 	}
 	if err != nil {
-		return nil, m.whyBroken(ctx, ws, sup, err)
+		return nil, set.Error(m.whyBroken(ctx, ws, sup, err))
 	}
+	res.Command = set.String(res.Command)
 	res.WorkspaceID, res.Sequence = ws.WorkspaceID, sequence
 	res.Engine, res.Isolation, res.ExecutionMode = ws.Engine, ws.Isolation, ws.ExecutionMode
 	return res, nil

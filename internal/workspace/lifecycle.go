@@ -14,6 +14,7 @@ import (
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/engine/gvisor"
 	"github.com/pyro-mcp/pyro/internal/failpoint"
+	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 	"github.com/pyro-mcp/pyro/internal/store"
 	"github.com/pyro-mcp/pyro/internal/supervisor"
@@ -34,11 +35,17 @@ func (h *held) startMachine(ctx context.Context, c engine.Candidate, d disk, pro
 	p, err := h.m.startMachine(ctx, c, machineRequest{
 		ID: h.WorkspaceID, Environment: h.Environment, Digest: h.EnvironmentDigest,
 		VCPUCount: h.VCPUCount, MemMiB: h.MemMiB, DiskMiB: h.DiskMiB,
-		Disk: h.m.state.Layer(d.active), Layers: paths, Require: h.Require, TTL: timeLeft(h.Workspace),
+		Disk: h.m.state.Layer(d.active), Layers: paths, Require: h.Require, TTL: timeLeft(h.Workspace), Network: h.NetworkPolicy,
 		Hold: hold, Progress: progress,
 	})
 	if err != nil {
 		return nil, err
+	}
+	// Before anything of the user's runs.
+	if err := h.m.deliverSecrets(ctx, h.Workspace, guestclient.New(p.DialGuest, guestclient.Options{Patience: patience(p.Status.TimeScale)})); err != nil {
+		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopLimit)
+		defer cancel()
+		return nil, errors.Join(err, p.Shutdown(end))
 	}
 	for _, note := range p.Status.Notes {
 		progress(api.Progress{Phase: "note", Message: note})

@@ -27,6 +27,7 @@ type machineRequest struct {
 	Layers                     []string // engine.MachineSpec.Layers
 	Require                    api.Require
 	TTL                        time.Duration // 0 for none
+	Network                    string        // policy; "" is off
 	Ephemeral                  bool
 	// Hold are further files that must stay locked while the machine lives.
 	Hold     []*os.File
@@ -109,7 +110,7 @@ func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req mach
 		Binary: binary, Launcher: launcher, Hold: hold,
 		Config: supervisor.Config{
 			Dir: dir.Path(), Engine: c.Name(), Require: req.Require, Spec: spec,
-			NoteFile: m.state.AcceleratorFile(), TTL: req.TTL, Leased: true, Ephemeral: req.Ephemeral,
+			NoteFile: m.state.AcceleratorFile(), TTL: req.TTL, Leased: true, Ephemeral: req.Ephemeral, Network: req.Network,
 		},
 	})
 }

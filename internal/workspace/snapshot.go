@@ -278,7 +278,7 @@ func (h *held) reset(ctx context.Context, name string, progress func(api.Progres
 		ws.Intent, ws.LastError, ws.LastActivityAt = "", nil, now
 		ws.ResetCount++
 		ws.LastResetAt = &now
-		ws.CommandCount, ws.ServiceCount, ws.RunningServiceCount = 0, 0, 0
+		ws.CommandCount, ws.ServiceCount, ws.RunningServiceCount, ws.Published = 0, 0, 0, nil
 		ws.HistoryStart = last
 		ws.Isolation, ws.ExecutionMode, ws.TimeScale = p.Status.Isolation, executionMode(p.Status.Isolation), p.Status.TimeScale
 		return enter(ws, api.StateStarted)
