@@ -201,6 +201,8 @@ func (q *request) serve(ctx context.Context) error {
 		return q.extract(ctx, line)
 	case guestproto.ActionExportArchive:
 		return q.export(ctx, line)
+	case guestproto.ActionSetSecrets:
+		return q.setSecrets(line)
 	case guestproto.ActionShutdown:
 		return q.shutdown(line)
 	case guestproto.ActionFlush:
