@@ -78,6 +78,7 @@ func (e *events) wait(t *testing.T, fits func(network.Event) bool) network.Event
 }
 
 func TestTCP(t *testing.T) {
+	t.Parallel()
 	outside := netns.New(t)
 	told := newEvents()
 	g := newGuest(t, network.Config{Allow: []netip.Prefix{outside.Network}, Events: told.tell})
@@ -200,6 +201,7 @@ func TestTCP(t *testing.T) {
 }
 
 func TestManyConnections(t *testing.T) {
+	t.Parallel()
 	outside := netns.New(t)
 	g := newGuest(t, network.Config{Allow: []netip.Prefix{outside.Network}})
 	l := outside.Listen(t)
@@ -235,6 +237,7 @@ func TestManyConnections(t *testing.T) {
 
 // A guest that opens more than it may gets the next one when one has ended.
 func TestConnectionLimit(t *testing.T) {
+	t.Parallel()
 	outside := netns.New(t)
 	told := newEvents()
 	g := newGuest(t, network.Config{Allow: []netip.Prefix{outside.Network}, Events: told.tell})
@@ -269,6 +272,7 @@ func TestConnectionLimit(t *testing.T) {
 }
 
 func TestUDP(t *testing.T) {
+	t.Parallel()
 	outside := netns.New(t)
 	told := newEvents()
 	g := newGuest(t, network.Config{Allow: []netip.Prefix{outside.Network}, Events: told.tell})

@@ -78,6 +78,7 @@ func answers(m dnsmessage.Message) (out []string) {
 }
 
 func TestNames(t *testing.T) {
+	t.Parallel()
 	if err := network.Check(public, nil); err != nil {
 		t.Skipf("this host sends nothing to public addresses: %v", err)
 	}
