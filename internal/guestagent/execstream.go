@@ -319,7 +319,7 @@ func (in *input) resize(size guestproto.Resize) {
 
 // signal reaches the foreground of a terminal, else the command's group.
 func (in *input) signal(sig syscall.Signal) {
-	if in.terminal == nil || !signalForeground(in.terminal, sig) {
+	if in.terminal == nil || !signalForeground(in.terminal, in.cmd, sig) {
 		in.cmd.Signal(sig)
 	}
 }

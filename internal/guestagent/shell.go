@@ -254,7 +254,7 @@ func (sh *shell) resize(size guestproto.Resize) {
 }
 
 func (sh *shell) signal(sig unix.Signal) {
-	if !signalForeground(sh.terminal, sig) {
+	if !signalForeground(sh.terminal, sh.cmd, sig) {
 		sh.cmd.Signal(sig)
 	}
 }

@@ -54,17 +54,41 @@ func resizeTerminal(terminal *os.File, cmd *process.Command, size guestproto.Res
 	})
 }
 
-// signalForeground signals the foreground group of a terminal and reports
-// whether there was one.
-func signalForeground(terminal *os.File, sig syscall.Signal) (sent bool) {
+// signalForeground signals the foreground group of the terminal that cmd runs on
+// and reports whether that could be found.
+func signalForeground(terminal *os.File, cmd *process.Command, sig syscall.Signal) (sent bool) {
 	raw, err := terminal.SyscallConn()
 	if err != nil {
 		return false
 	}
 	_ = raw.Control(func(fd uintptr) {
-		if group, err := unix.IoctlGetInt(int(fd), unix.TIOCGPGRP); err == nil && group > 1 {
-			sent = unix.Kill(-group, sig) == nil
+		if group, err := unix.IoctlGetInt(int(fd), unix.TIOCGPGRP); err == nil {
+			sent = group > 1 && unix.Kill(-group, sig) == nil
+			return
 		}
+		sent = guessForeground(int(fd), cmd, sig)
 	})
 	return sent
+}
+
+// guessForeground is for gVisor (2026-09), which tells the foreground group to
+// nobody outside of the session, neither by the terminal nor in /proc.
+func guessForeground(terminal int, cmd *process.Command, sig syscall.Signal) (sent bool) {
+	modes, err := unix.IoctlGetTermios(terminal, unix.TCGETS)
+	if err != nil {
+		return false
+	}
+	if sig == unix.SIGINT && modes.Lflag&unix.ISIG != 0 {
+		// What Ctrl-C does: the terminal knows whom to signal.
+		_, err := unix.Write(terminal, []byte{modes.Cc[unix.VINTR]})
+		return err == nil
+	}
+	// A shell that edits its command line has turned ICANON off; while it
+	// waits for a job it is on. A job that turns it off itself, such as an
+	// editor, is taken for the shell.
+	if modes.Lflag&unix.ICANON == 0 {
+		return false
+	}
+	job := cmd.NewestJob()
+	return job > 1 && unix.Kill(-job, sig) == nil
 }

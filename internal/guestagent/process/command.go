@@ -95,6 +95,19 @@ func (r *Runner) Start(spec Spec) (*Command, error) {
 // Signal sends sig to the command's process group, if it still runs.
 func (c *Command) Signal(sig syscall.Signal) { c.Child.signal(sig, true) }
 
+// NewestJob returns the process group in the command's session, other than the
+// command's own, whose leader was started last; 0 if there is none. In a shell
+// that waits for a job it is that job.
+func (c *Command) NewestJob() int {
+	var newest entry
+	for _, e := range listProcesses() {
+		if e.session == c.PID && e.group == e.pid && e.pid != c.PID && !e.dead() && e.started >= newest.started {
+			newest = e
+		}
+	}
+	return newest.pid
+}
+
 // Terminate ends the whole tree: TERM, and KILL for what is left after grace.
 // It reports whether nothing is left.
 func (c *Command) Terminate(grace time.Duration) bool {

@@ -2,6 +2,7 @@ package process
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"strconv"
 	"strings"
@@ -12,9 +13,10 @@ import (
 
 // entry is one process as /proc shows it, proc(5).
 type entry struct {
-	pid, parent, session int
-	started              uint64 // clock ticks since boot
-	state                byte
+	pid, parent    int
+	group, session int
+	started        uint64 // clock ticks since boot
+	state          byte
 }
 
 // readEntry reads /proc/PID/stat.
@@ -33,17 +35,19 @@ func parseStat(pid int, stat string) (entry, bool) {
 	if i < 0 {
 		return entry{}, false
 	}
-	// Fields 3 (state), 4 (ppid), 6 (session), 22 (starttime) of proc(5).
+	// Fields 3 (state), 4 (ppid), 5 (pgrp), 6 (session), 22 (starttime) of
+	// proc(5).
 	f := strings.Fields(stat[i+1:])
 	if len(f) < 20 || len(f[0]) != 1 {
 		return entry{}, false
 	}
 	e := entry{pid: pid, state: f[0][0]}
-	var err1, err2, err3 error
-	e.parent, err1 = strconv.Atoi(f[1])
-	e.session, err2 = strconv.Atoi(f[3])
-	e.started, err3 = strconv.ParseUint(f[19], 10, 64)
-	return e, err1 == nil && err2 == nil && err3 == nil
+	var errs [4]error
+	e.parent, errs[0] = strconv.Atoi(f[1])
+	e.group, errs[1] = strconv.Atoi(f[2])
+	e.session, errs[2] = strconv.Atoi(f[3])
+	e.started, errs[3] = strconv.ParseUint(f[19], 10, 64)
+	return e, errors.Join(errs[:]...) == nil
 }
 
 // dead reports whether the process has ended and only waits to be collected.

@@ -10,7 +10,7 @@ import (
 
 func TestParseStat(t *testing.T) {
 	const rest = " S 10 20 30 34816 40 4194304 1 2 3 4 5 6 7 8 20 0 1 0 777 1000 2000"
-	want := entry{pid: 5, parent: 10, session: 30, started: 777, state: 'S'}
+	want := entry{pid: 5, parent: 10, group: 20, session: 30, started: 777, state: 'S'}
 	tests := []struct {
 		name, stat string
 		ok         bool
