@@ -234,3 +234,19 @@ func (c *Client) ServiceLogs(ctx context.Context, ref, name string, tail *int64)
 func (c *Client) FollowService(ctx context.Context, ref, name string, tail *int64, stdout, stderr io.Writer) (*api.Service, error) {
 	return c.m.FollowService(ctx, ref, name, tail, stdout, stderr)
 }
+
+// Fork makes workspaces that begin with what another one's disk holds, now or in
+// a snapshot, and starts them. On an error none of them is left.
+func (c *Client) Fork(ctx context.Context, ref string, req api.ForkRequest) (*api.ForkResult, error) {
+	return c.m.Fork(ctx, ref, req)
+}
+
+// Pause takes the processor away from a running workspace; its memory stays.
+func (c *Client) Pause(ctx context.Context, ref string) (*api.Workspace, error) {
+	return c.m.Pause(ctx, ref)
+}
+
+// Resume lets a paused workspace go on.
+func (c *Client) Resume(ctx context.Context, ref string) (*api.Workspace, error) {
+	return c.m.Resume(ctx, ref)
+}

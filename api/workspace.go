@@ -125,6 +125,28 @@ type CreateRequest struct {
 	Progress func(Progress)
 }
 
+// ForkRequest asks for new workspaces that begin with another one's disk.
+type ForkRequest struct {
+	// Snapshot is where to begin; "" is what the workspace's disk holds now.
+	Snapshot string
+	// Count is how many to make, 1 if zero.
+	Count int
+	// Name is the new workspace's; of several, "-1" and so on is added.
+	Name string
+	// TTL is the workspace's own if zero; negative means never.
+	TTL time.Duration
+	// Progress is told what happens; may be nil. It may be called from several
+	// goroutines, one at a time.
+	Progress func(Progress)
+}
+
+// ForkResult is what a fork made.
+type ForkResult struct {
+	WorkspaceID string      `json:"workspace_id"` // that was forked
+	Count       int         `json:"count"`
+	Workspaces  []Workspace `json:"workspaces"`
+}
+
 // WorkspaceFilter chooses workspaces.
 type WorkspaceFilter struct {
 	// Labels must all be there with these values.

@@ -19,7 +19,7 @@ import (
 func newWorkspaceCmd(a *app) *cobra.Command {
 	cmd := group("workspace", "Create, use, rewind and review isolated workspaces",
 		newCreateCmd(a), newListCmd(a), newStatusCmd(a), newUpdateCmd(a), newLogsCmd(a), newSummaryCmd(a),
-		newStartCmd(a), newStopCmd(a), newDeleteCmd(a), newPruneCmd(a),
+		newStartCmd(a), newStopCmd(a), newPauseCmd(a), newResumeCmd(a), newForkCmd(a), newDeleteCmd(a), newPruneCmd(a),
 		newExecCmd(a), newSyncCmd(a), newFileCmd(a), newPatchCmd(a), newDiffCmd(a), newExportCmd(a),
 		newSnapshotCmd(a), newResetCmd(a), newShellCmd(a), newServiceCmd(a), newWorkspaceDiskCmd(a))
 	cmd.Aliases = []string{"ws"}

@@ -101,6 +101,7 @@ func (s *supervisor) handler() http.Handler {
 	})
 	s.handlePublish(mux)
 	s.handleWatch(mux)
+	s.handlePause(mux)
 	return mux
 }
 

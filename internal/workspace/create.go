@@ -163,15 +163,10 @@ func sourceAt(path string, includeIgnored bool) (seed.Source, error) {
 
 // claim writes the record of a workspace that is yet to be made, and holds it.
 func (m *Manager) claim(ctx context.Context, c engine.Candidate, req api.CreateRequest) (_ *held, err error) {
-	st, err := m.store(ctx)
-	if err != nil {
-		return nil, err
-	}
-	id := newID()
 	now := time.Now().UTC()
 	ws := &store.Workspace{
 		Workspace: api.Workspace{
-			WorkspaceID: id, Labels: map[string]string{}, Environment: req.Environment, State: api.StateStarting,
+			WorkspaceID: newID(), Labels: map[string]string{}, Environment: req.Environment, State: api.StateStarting,
 			Engine: c.Name(), Isolation: c.Isolation, ExecutionMode: executionMode(c.Isolation),
 			VCPUCount: req.VCPUCount, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB, NetworkPolicy: req.NetworkPolicy,
 			CreatedAt: now, LastActivityAt: now, WorkspacePath: api.WorkspacePath,
@@ -185,7 +180,17 @@ func (m *Manager) claim(ctx context.Context, c engine.Candidate, req api.CreateR
 		ws.Name = &req.Name
 	}
 	setExpiry(ws, req.TTL)
-	dir := m.state.Workspace(id)
+	return m.claimRecord(ctx, ws, req.Secrets)
+}
+
+// claimRecord makes the directory of a new workspace, takes its lock, and
+// writes its record.
+func (m *Manager) claimRecord(ctx context.Context, ws *store.Workspace, secrets []api.Secret) (_ *held, err error) {
+	st, err := m.store(ctx)
+	if err != nil {
+		return nil, err
+	}
+	dir := m.state.Workspace(ws.WorkspaceID)
 	// The lock is held before anybody can find the record: a record that says
 	// "starting" and whose lock is free counts as abandoned.
 	if err := statedir.MakePrivate(dir.CommandsDir()); err != nil {
@@ -194,7 +199,7 @@ func (m *Manager) claim(ctx context.Context, c engine.Candidate, req api.CreateR
 	lock, err := hostproc.TryLock(dir.LockFile())
 	failpoint.Hit("create/locked")
 	if err == nil {
-		err = m.sealSecrets(dir, req.Secrets)
+		err = m.sealSecrets(dir, secrets)
 	}
 	if err == nil {
 		err = st.Create(ctx, ws)
@@ -251,19 +256,26 @@ func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Sourc
 		return err
 	}
 	failpoint.Hit("create/baseline")
-	err = h.update(ctx, func(ws *store.Workspace) error {
-		ws.Intent = ""
-		ws.LastActivityAt = time.Now().UTC()
+	err = h.started(ctx, p, store.Event{Kind: eventCreated, Detail: map[string]any{
+		"environment": h.Environment, "engine": h.Engine, "seed": h.WorkspaceSeed.Mode,
+	}})
+	failpoint.Hit("create/kept")
+	return err
+}
+
+// started records that the machine is the workspace's, and lets it outlive this
+// process.
+func (h *held) started(ctx context.Context, p *supervisor.Process, event store.Event) error {
+	err := h.update(ctx, func(ws *store.Workspace) error {
+		ws.Intent, ws.LastError, ws.LastActivityAt = "", nil, time.Now().UTC()
 		ws.Isolation, ws.ExecutionMode, ws.TimeScale = p.Status.Isolation, executionMode(p.Status.Isolation), p.Status.TimeScale
 		return enter(ws, api.StateStarted)
-	}, store.Event{Kind: eventCreated, Detail: map[string]any{"environment": h.Environment, "engine": h.Engine, "seed": h.WorkspaceSeed.Mode}})
+	}, event)
 	if err != nil {
 		return err
 	}
 	failpoint.Hit("create/started")
-	err = p.Keep(ctx)
-	failpoint.Hit("create/kept")
-	return err
+	return p.Keep(ctx)
 }
 
 // ingredients gets the environment's image and the seed, both at once. Either

@@ -5,6 +5,9 @@ package workspace
 const (
 	eventCreated         = "created"
 	eventStarted         = "started"
+	eventForked          = "forked"
+	eventPaused          = "paused"
+	eventResumed         = "resumed"
 	eventStopped         = "stopped"
 	eventReset           = "reset"
 	eventUpdated         = "updated"

@@ -250,7 +250,7 @@ func (h *held) destroy(ctx context.Context) error {
 
 // setExpiry lets a workspace end ttl from now; 0 means never.
 func setExpiry(ws *store.Workspace, ttl time.Duration) {
-	ws.ExpiresAt, ws.ExpiresBoot, ws.BootID = nil, 0, ""
+	ws.TTL, ws.ExpiresAt, ws.ExpiresBoot, ws.BootID = ttl, nil, 0, ""
 	if ttl <= 0 {
 		return
 	}
