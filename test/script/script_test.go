@@ -93,6 +93,8 @@ func TestScripts(t *testing.T) {
 			"field":    cmdField,
 			"peak":     cmdPeak,
 			"gone":     cmdGone,
+			"shellid":  cmdShellID,
+			"canary":   cmdCanary,
 			"project":  cmdProject,
 		},
 	})
@@ -288,6 +290,65 @@ func cmdGone(ts *testscript.TestScript, neg bool, args []string) {
 		}
 	}
 	ts.Fatalf("workspace %s is still there", args[0])
+}
+
+// cmdShellID takes the id that "shell open" printed as $SHELL_ID.
+func cmdShellID(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: shellid stdout")
+	}
+	ts.Setenv("SHELL_ID", strings.TrimSpace(ts.ReadFile(args[0])))
+}
+
+// cmdCanary checks that no file of the state directory holds any of the texts,
+// by a search of its bytes: disks, logs, snapshots, records, all of it.
+func cmdCanary(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) == 0 {
+		ts.Fatalf("usage: canary TEXT...")
+	}
+	looked := 0
+	ts.Check(filepath.WalkDir(ts.Getenv("PYRO_STATE_DIR"), func(path string, d os.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		found, err := holds(path, args)
+		if found != "" {
+			ts.Fatalf("%s holds %q", path, found)
+		}
+		looked++
+		return err
+	}))
+	if looked == 0 {
+		ts.Fatalf("there was nothing to look at")
+	}
+}
+
+// holds returns the first of the texts that the file holds. Holes are skipped.
+func holds(path string, texts []string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	const overlap = 256 // more than any text
+	buf := make([]byte, 1<<20+overlap)
+	for off := int64(0); ; {
+		data, err := syscall.Seek(int(f.Fd()), off, 3) // SEEK_DATA, lseek(2)
+		if err != nil {
+			return "", nil // no data behind
+		}
+		off = max(off, data-overlap)
+		n, err := f.ReadAt(buf, off)
+		for _, t := range texts {
+			if strings.Contains(string(buf[:n]), t) {
+				return t, nil
+			}
+		}
+		if err != nil {
+			return "", nil
+		}
+		off += int64(n - overlap)
+	}
 }
 
 // leftovers lists machine directories, and processes that have the state
