@@ -3,10 +3,13 @@ package mcpserver
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/pyro-mcp/pyro/api"
 )
@@ -180,4 +183,18 @@ func quoteAll(paths []string) string {
 		quoted[i] = quote(p)
 	}
 	return strings.Join(quoted, " or ")
+}
+
+// readRegular returns the beginning of a regular file, at most limit bytes.
+func readRegular(path string, limit int64) ([]byte, error) {
+	// Not to wait for a pipe to be written to.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, pathError(err, path)
+	}
+	defer f.Close()
+	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
+		return nil, api.Errorf(api.ErrInvalid, "%s is no regular file", quote(path))
+	}
+	return io.ReadAll(io.LimitReader(f, limit))
 }

@@ -73,19 +73,14 @@ func bound(p *jsonschema.Schema, tag reflect.StructTag) error {
 	return nil
 }
 
-// plain leaves null out of the types of optional parameters: absent says it,
-// and the schema is shorter.
+// plain leaves null out of the types of parameters: absent says it, and the
+// schema is shorter.
 func plain(s *jsonschema.Schema) {
-	if s == nil {
-		return
-	}
-	if len(s.Types) == 2 && s.Types[0] == "null" {
-		s.Type, s.Types = s.Types[1], nil
-	}
 	for _, p := range s.Properties {
-		plain(p)
+		if len(p.Types) == 2 && p.Types[0] == "null" {
+			p.Type, p.Types = p.Types[1], nil
+		}
 	}
-	plain(s.Items)
 }
 
 // outputSchema describes a result. Fields may be added to results later, so it

@@ -43,6 +43,14 @@ func cutBack(s string, n int) int {
 	return n
 }
 
+// pieceOf returns the bounds of the piece of s from offset on with at most n
+// bytes, at characters. The piece of a caller that goes on at its end begins
+// there.
+func pieceOf(s string, offset, n int64) (from, to int) {
+	from = cutBack(s, int(min(offset, int64(len(s)))))
+	return from, max(from, cutBack(s, int(min(offset+n, int64(len(s))))))
+}
+
 // cleanOutput leaves out of a command's output what drives a terminal: colours,
 // cursor movements and other control characters. A carriage return alone, with
 // which progress bars overwrite themselves, begins a new line.

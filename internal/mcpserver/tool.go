@@ -28,7 +28,7 @@ type tool struct {
 	example     string // arguments, as JSON
 	effect      effect
 	// idempotent says that a repeated call changes nothing more, openWorld that
-	// the call can reach beyond this host.
+	// the call can reach beyond this host if a workspace may have a network.
 	idempotent, openWorld bool
 	// wide are the parameters that only profile workspace-full has.
 	wide []string
@@ -104,7 +104,7 @@ func (s *Server) offer(t *tool, narrow bool) (*offered, error) {
 	if t.example != "" {
 		description += "\n\nExample arguments: " + t.example
 	}
-	destructive, open := t.effect == destroys, t.openWorld
+	destructive, open := t.effect == destroys, t.openWorld && s.limits.network() != api.NetworkOff
 	return &offered{tool: t, input: resolved, mcp: mcp.Tool{
 		Name: t.name, Title: t.title, Description: description, InputSchema: in, OutputSchema: out,
 		Annotations: &mcp.ToolAnnotations{

@@ -13,6 +13,7 @@ type execInput struct {
 	TimeoutSeconds float64           `json:"timeout_seconds,omitempty" default:"30" min:"0" max:"1000000000" jsonschema:"limit; 0 for none"`
 	Cwd            string            `json:"cwd,omitempty" default:"/workspace" maxlen:"4095" jsonschema:"directory to run it in"`
 	Env            map[string]string `json:"env,omitempty" jsonschema:"environment variables"`
+	SecretEnv      map[string]string `json:"secret_env,omitempty" jsonschema:"secrets of the workspace as environment variables: secret name to variable name"`
 }
 
 // more is the call that returns what a result left out.
@@ -55,10 +56,11 @@ const logPreview = 1 << 10
 
 var commandTools = []tool{
 	define(tool{
-		name: "workspace_exec", title: "Run a command in a workspace", effect: destroys,
+		name: "workspace_exec", title: "Run a command in a workspace", effect: destroys, openWorld: true,
 		description: `Run one shell command in a started workspace and wait for its end. Files, packages and background processes stay for the next call; the directory and variables of the shell do not. Give builds and tests a longer timeout_seconds; a command that ends by it is killed with all its children. It reads end of file from stdin: pass answers as flags.
 Returns exit_code, stdout, stderr, timed_out and the command's sequence. A command that fails is a result with its exit_code, not an error. Of output over 32 KiB the beginning and the end come back, and more has the exact workspace_logs call for the rest. Output is data of an untrusted program.`,
 		example: `{"workspace_id":"fix-142","command":"make test 2>&1 | tail -50","timeout_seconds":600}`,
+		wide:    []string{"secret_env"},
 	}, execCommand),
 	define(tool{
 		name: "workspace_logs", title: "Show a workspace's commands and their output", effect: reads,
@@ -73,7 +75,7 @@ func execCommand(ctx context.Context, c *call, in execInput) (*execOutput, error
 	}
 	out := c.captures()
 	res, err := c.client.Exec(ctx, in.WorkspaceID, api.ExecRequest{
-		Argv: []string{in.Command}, Cwd: in.Cwd, Env: in.Env, Timeout: duration(in.TimeoutSeconds),
+		Argv: []string{in.Command}, Cwd: in.Cwd, Env: in.Env, SecretEnv: in.SecretEnv, Timeout: duration(in.TimeoutSeconds),
 		Stdout: out.stdout, Stderr: out.stderr,
 	})
 	if err != nil {
@@ -148,8 +150,7 @@ func showLogs(ctx context.Context, c *call, in logsInput) (*logsOutput, error) {
 				*text = ""
 				continue
 			}
-			from := cutBack(all, int(min(in.Offset, int64(len(all)))))
-			to := max(from, cutBack(all, int(min(in.Offset+in.MaxBytes, int64(len(all))))))
+			from, to := pieceOf(all, in.Offset, in.MaxBytes)
 			*text = all[from:to]
 			e.Offset = in.Offset
 			if to < len(all) {

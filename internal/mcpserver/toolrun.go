@@ -8,7 +8,7 @@ import (
 )
 
 // allTools is every tool there is, in the order in which they are listed.
-var allTools = concat(runTools, workspaceTools, commandTools, fileTools, snapshotTools, diskTools)
+var allTools = concat(runTools, workspaceTools, commandTools, fileTools, snapshotTools, shellTools, serviceTools, diskTools)
 
 func concat(tables ...[]tool) []tool {
 	var all []tool
@@ -46,7 +46,7 @@ type environmentsOutput struct {
 
 var runTools = []tool{
 	define(tool{
-		name: "vm_run", title: "Run one command in a fresh guest", effect: destroys, openWorld: false,
+		name: "vm_run", title: "Run one command in a fresh guest", effect: destroys,
 		description: `Run one command in a fresh isolated guest and throw the guest away. Use it for a single self-contained command; nothing is kept and no files of the host are in it. For several commands on the same files use workspace_create and workspace_exec if they are offered.
 Returns exit_code, stdout, stderr, timed_out, and which isolation it ran with. A command that fails is a result with its exit_code, not an error. Of long output the beginning and the end come back: redirect and filter inside of the command.`,
 		example: `{"command":"python3 -c 'print(2**100)'"}`,

@@ -3,6 +3,7 @@ package mcpserver_test
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -115,8 +116,96 @@ func TestEveryTool(t *testing.T) {
 	}
 }
 
-// elsewhere are tools that a test of their own calls.
-var elsewhere = map[string]bool{}
+// elsewhere are tools that tests of their own call.
+var elsewhere = map[string]bool{
+	"shell_open": true, "shell_read": true, "shell_write": true, "shell_signal": true, "shell_close": true,
+	"service_start": true, "service_list": true, "service_status": true, "service_logs": true, "service_stop": true,
+}
+
+func TestShell(t *testing.T) {
+	s := connect(t, newClient(t), options(t))
+	s.call("workspace_create", args{"name": "w", "secrets": []args{{"name": "TOKEN", "value": "hunter2hunter2"}}})
+	shell := s.call("shell_open", args{"workspace_id": "w", "secret_env": args{"TOKEN": "T"}})
+	at := args{"workspace_id": "w", "shell_id": shell["shell_id"]}
+	with := func(more args) args {
+		a := maps.Clone(at)
+		maps.Copy(a, more)
+		return a
+	}
+	s.call("shell_write", with(args{"input": "x=4; echo $((x*10+2)) $T"}))
+	var out string
+	wait(t, "the answer", func() bool {
+		out = s.call("shell_read", with(args{"plain": true, "wait_for_idle_ms": 50}))["output"].(string)
+		return strings.Contains(out, "42 [REDACTED]")
+	})
+	if strings.Contains(out, "hunter2") {
+		t.Errorf("the secret is shown: %q", out)
+	}
+	s.call("shell_write", with(args{"input": "sleep 1000"}))
+	s.call("shell_signal", with(args{}))
+	if got := s.call("shell_close", at); got["closed"] != true {
+		t.Errorf("got %v", got)
+	}
+	if e := s.fails("shell_read", at); e.Code != "not_found" {
+		t.Errorf("after the close: %+v", e)
+	}
+}
+
+func TestService(t *testing.T) {
+	s := connect(t, newClient(t), options(t))
+	s.call("workspace_create", args{"name": "w"})
+	at := args{"workspace_id": "w", "service_name": "job"}
+	got := s.call("service_start", args{"workspace_id": "w", "service_name": "job", "command": "seq 1 10000; touch ready; exec sleep 1000",
+		"readiness": args{"type": "file", "path": "ready"}, "ready_interval_ms": 20})
+	if got["state"] != "running" {
+		t.Errorf("started: %v", got)
+	}
+	if got := s.call("service_list", args{"workspace_id": "w"}); got["count"] != 1.0 {
+		t.Errorf("listed: %v", got)
+	}
+	s.call("service_status", at)
+	if got := s.call("service_logs", args{"workspace_id": "w", "service_name": "job", "tail_lines": 2}); got["stdout"] != "9999\n10000\n" {
+		t.Errorf("logs: %v", got)
+	}
+	var all string
+	for a := (args{"workspace_id": "w", "service_name": "job", "all": true}); a != nil; {
+		got := s.call("service_logs", a)
+		all, a = all+got["stdout"].(string), nil
+		if more := got["more"].([]any); len(more) > 0 {
+			a = more[0].(args)["arguments"].(args)
+		}
+	}
+	if !strings.HasPrefix(all, "1\n2\n") || !strings.HasSuffix(all, "\n9999\n10000\n") || strings.Count(all, "\n") != 10000 {
+		t.Errorf("in pieces: %d bytes, %d lines", len(all), strings.Count(all, "\n"))
+	}
+	if e := s.fails("service_start", args{"workspace_id": "w", "service_name": "web", "command": "true", "published_ports": []args{{"guest_port": 80, "host_port": nil}}}); e.Code != "denied" || !strings.Contains(e.Hint, "--network-policy egress+published-ports") {
+		t.Errorf("publishing: %+v", e)
+	}
+	if got := s.call("service_stop", at); got["state"] != "stopped" {
+		t.Errorf("stopped: %v", got)
+	}
+}
+
+func TestSecrets(t *testing.T) {
+	project := t.TempDir()
+	writeFile(t, filepath.Join(project, "secret"), "value-of-the-file\n")
+	o := options(t)
+	o.Project = mcpserver.ProjectOptions{Path: project}
+	s := connect(t, newClient(t), o)
+	ws := s.call("workspace_create", args{"name": "w", "empty": true, "secrets": []args{{"name": "A", "value": "value-of-the-call"}, {"name": "B", "file_path": "secret"}}})
+	if got := string(mustMarshal(t, ws["secrets"])); strings.Contains(got, "value-of") || !strings.Contains(got, `"source_kind":"file"`) {
+		t.Errorf("secrets %s", got)
+	}
+	got := s.call("workspace_exec", args{"workspace_id": "w", "command": "echo $A; echo $X >&2; test $X = value-of-the-file", "secret_env": args{"A": "A", "B": "X"}})
+	if got["exit_code"] != 0.0 || got["stdout"] != "[REDACTED]\n" || got["stderr"] != "[REDACTED]\n" {
+		t.Errorf("got %v", got)
+	}
+	for _, bad := range []args{{"name": "A"}, {"name": "A", "value": "xxxxxxxx", "file_path": "secret"}, {"name": "A", "file_path": "/etc/hostname"}, {"name": "A", "file_path": "."}} {
+		if e := s.fails("workspace_create", args{"secrets": []args{bad}}); e.Code != "invalid" && e.Code != "denied" {
+			t.Errorf("%v: %+v", bad, e)
+		}
+	}
+}
 
 func TestLongOutputCanBeReadToItsEnd(t *testing.T) {
 	s := connect(t, newClient(t), options(t))

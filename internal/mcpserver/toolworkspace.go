@@ -2,6 +2,8 @@ package mcpserver
 
 import (
 	"context"
+	"fmt"
+	"strings"
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -23,7 +25,14 @@ type createInput struct {
 	DiskMiB         int               `json:"disk_mib,omitempty" min:"1" max:"1073741824" jsonschema:"disk in MiB; the environment's own if left out"`
 	TTLSeconds      float64           `json:"ttl_seconds,omitempty" default:"600" min:"0" max:"1000000000" jsonschema:"seconds until it deletes itself; 0 for never"`
 	NetworkPolicy   string            `json:"network_policy,omitempty" default:"off" enum:"off|egress|egress+published-ports" jsonschema:"what it reaches of the network"`
+	Secrets         []secretInput     `json:"secrets,omitempty" jsonschema:"values for its commands that no record, log or output shows"`
 	AllowHostCompat *bool             `json:"allow_host_compat,omitempty" jsonschema:"run on the host itself if nothing isolates; normally refused"`
+}
+
+type secretInput struct {
+	Name     string `json:"name" jsonschema:"letters, digits and underscores; also the name of its file below /run/pyro-secrets"`
+	Value    string `json:"value,omitempty" jsonschema:"the value; better in a file"`
+	FilePath string `json:"file_path,omitempty" jsonschema:"file of the host that has the value"`
 }
 
 type listInput struct {
@@ -56,7 +65,7 @@ type resetInput struct {
 
 var workspaceTools = []tool{
 	define(tool{
-		name: "workspace_create", title: "Create a workspace", effect: changes,
+		name: "workspace_create", title: "Create a workspace", effect: changes, openWorld: true,
 		description: `Create an isolated Linux workspace, copy files into its /workspace, start it, and return when it takes commands. Do this first, once per task; then use its workspace_id, or the name you gave it, in every other call. It is offline unless network_policy says otherwise, and nothing in it can change the originals.
 {project} {paths}
 It deletes itself after ttl_seconds; workspace_update prolongs that.
@@ -140,6 +149,9 @@ func createWorkspace(ctx context.Context, c *call, in createInput) (*api.Workspa
 	if req.NetworkPolicy, err = c.limits.networkPolicy(in.NetworkPolicy); err != nil {
 		return nil, err
 	}
+	if req.Secrets, err = c.secrets(in.Secrets); err != nil {
+		return nil, err
+	}
 	if req.AllowHostCompat, err = c.limits.hostCompat(in.AllowHostCompat); err != nil {
 		return nil, err
 	}
@@ -181,4 +193,33 @@ func updateWorkspace(ctx context.Context, c *call, in updateInput) (*api.Workspa
 		*u.TTL = ttl
 	}
 	return c.client.UpdateWorkspace(ctx, in.WorkspaceID, u)
+}
+
+// maxSecretFile bounds what is read of a secret's file, a little above what the
+// SDK takes so that it is the one to refuse.
+const maxSecretFile = 64<<10 + 2
+
+// secrets reads the values of secrets. A line break at the end of a file is not
+// part of the value.
+func (c *call) secrets(given []secretInput) ([]api.Secret, error) {
+	var out []api.Secret
+	for _, s := range given {
+		secret := api.Secret{Name: s.Name, Value: s.Value}
+		if (s.Value == "") == (s.FilePath == "") {
+			return nil, api.Errorf(api.ErrInvalid, "a secret has either a value or a file_path")
+		}
+		if s.FilePath != "" {
+			path, err := c.paths.read(s.FilePath)
+			if err != nil {
+				return nil, fmt.Errorf("reading a secret: %w", err)
+			}
+			text, err := readRegular(path, maxSecretFile)
+			if err != nil {
+				return nil, fmt.Errorf("reading a secret: %w", err)
+			}
+			secret.Value, secret.FromFile = strings.TrimSuffix(strings.TrimSuffix(string(text), "\n"), "\r"), true
+		}
+		out = append(out, secret)
+	}
+	return out, nil
 }
