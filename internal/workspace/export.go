@@ -153,7 +153,7 @@ func (o *output) receive(ctx context.Context, client *guestclient.Client, from s
 		}
 		return res, nil
 	}
-	res.Active, err = activeFiles(tree)
+	res.Active, err = activeFiles(filepath.Join(o.root.Name(), "tree"))
 	return res, err
 }
 
@@ -199,12 +199,16 @@ func (o *output) discard() {
 const maxActive = 100
 
 // activeFiles finds what tools of this host run or obey by themselves as soon
-// as somebody works in the exported directory.
-func activeFiles(tree *os.Root) ([]string, error) {
+// as somebody works in the exported directory. Nobody else writes to that yet. It
+// is not walked as an fs.FS, because that knows no names but UTF-8.
+func activeFiles(tree string) ([]string, error) {
 	found := []string{}
-	err := fs.WalkDir(tree.FS(), ".", func(p string, _ fs.DirEntry, err error) error {
-		if err == nil && isActive(p) {
-			if found = append(found, printablePath(p)); len(found) == maxActive {
+	err := filepath.WalkDir(tree, func(p string, _ fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrPermission) {
+			return fs.SkipDir // nor can the tools read it
+		}
+		if rel := strings.TrimPrefix(p, tree+"/"); err == nil && isActive(rel) {
+			if found = append(found, printablePath(rel)); len(found) == maxActive {
 				return fs.SkipAll
 			}
 		}
