@@ -250,3 +250,9 @@ func (c *Client) Pause(ctx context.Context, ref string) (*api.Workspace, error) 
 func (c *Client) Resume(ctx context.Context, ref string) (*api.Workspace, error) {
 	return c.m.Resume(ctx, ref)
 }
+
+// Prepare gets an environment and proves on a workspace that it throws away that
+// workspaces work with it here. Later calls are cheap.
+func (c *Client) Prepare(ctx context.Context, req api.PrepareRequest) (*api.PrepareResult, error) {
+	return c.m.Prepare(ctx, req)
+}

@@ -31,6 +31,8 @@ If it does not work:   pyro doctor`,
 	root.AddCommand(
 		newRunCmd(a),
 		newWorkspaceCmd(a),
+		newPrepareCmd(a),
+		newDemoCmd(a),
 		newEnvCmd(a),
 		newDoctorCmd(a),
 		newDiskCmd(a),

@@ -3,6 +3,7 @@ package statedir
 import (
 	"path/filepath"
 	"strconv"
+	"strings"
 )
 
 // Database is the state of all workspaces (SQLite). Two more files may lie
@@ -17,6 +18,12 @@ func (d *Dir) LayersDir() string { return filepath.Join(d.path, "layers") }
 
 // Layer is the path of the disk layer with that name.
 func (d *Dir) Layer(name string) string { return filepath.Join(d.LayersDir(), name) }
+
+// ProofFile remembers that an engine is proven to work with the image of that
+// digest, "" for none.
+func (d *Dir) ProofFile(engine, digest string) string {
+	return filepath.Join(d.path, "proofs", engine+"-"+strings.TrimPrefix(digest, "sha256:")+".json")
+}
 
 // SecretsKey is the key with which this state directory's secrets are sealed.
 func (d *Dir) SecretsKey() string { return filepath.Join(d.path, "secrets.key") }
