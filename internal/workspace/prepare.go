@@ -27,6 +27,9 @@ type proof struct {
 func (m *Manager) Prepare(ctx context.Context, req api.PrepareRequest) (*api.PrepareResult, error) {
 	req.Environment = orText(req.Environment, environment.Default)
 	progress := orSilent(req.Progress)
+	if _, err := m.environments.Inspect(ctx, req.Environment); err != nil {
+		return nil, err
+	}
 	c, err := engine.Pick(ctx, m.engines, engine.Choice{
 		Engine: orText(req.Engine, m.engine), Require: req.Require, AllowHostCompat: req.AllowHostCompat,
 	})

@@ -137,7 +137,7 @@ func cmdPyro(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	if !slices.Contains(args, "--no-compat") {
 		switch {
-		case len(args) > 0 && args[0] == "run":
+		case len(args) > 0 && (args[0] == "run" || args[0] == "prepare" || args[0] == "demo"):
 			args = slices.Insert(slices.Clone(args), 1, "--allow-host-compat")
 		case len(args) > 1 && args[0] == "workspace" && args[1] == "create":
 			args = slices.Insert(slices.Clone(args), 2, "--allow-host-compat")
