@@ -282,11 +282,11 @@ func (u *user) checkDiff(id, from, base string) *api.Diff {
 	}
 	got := onHost(u.t, base)
 	for name := range union(want, got) {
-		if want[name] == got[name] || excused[name] || inGit(name) {
+		if want[name] == got[name] || excused[printed(name)] || inGit(name) {
 			continue
 		}
 		// A directory that is excused for being empty needs its parents.
-		if (want[name] == "dir" || got[name] == "dir") && excusedBelow(excused, name) {
+		if (want[name] == "dir" || got[name] == "dir") && excusedBelow(excused, printed(name)) {
 			continue
 		}
 		u.t.Errorf("%q is %q in the workspace, %q after git apply", name, want[name], got[name])
