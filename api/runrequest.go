@@ -23,6 +23,8 @@ type RunRequest struct {
 	// Timeout is for the command, TTL for the machine; negative means none.
 	Timeout, TTL time.Duration
 	Env          map[string]string
+	// NetworkPolicy is NetworkOff if empty, or NetworkEgress.
+	NetworkPolicy string
 
 	Engine          string
 	Require         Require

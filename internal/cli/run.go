@@ -19,7 +19,6 @@ type runOptions struct {
 	require        string
 	timeoutSeconds float64
 	ttlSeconds     float64
-	network        string
 	env            []string
 	raw            bool
 }
@@ -59,7 +58,7 @@ lets a command run on this host, and the answer says so.`,
 	f.IntVar(&o.req.DiskMiB, "disk-mib", 0, "disk in MiB (default the environment's own)")
 	f.Float64Var(&o.timeoutSeconds, "timeout-seconds", api.DefaultTimeout.Seconds(), "time limit for the command; 0 for none")
 	f.Float64Var(&o.ttlSeconds, "ttl-seconds", api.DefaultTTL.Seconds(), "time limit for the guest; 0 for none")
-	f.StringVar(&o.network, "network", "off", "network policy; only off is available so far")
+	f.StringVar(&o.req.NetworkPolicy, "network", api.NetworkOff, "network policy: off or egress")
 	f.StringArrayVar(&o.env, "env", nil, "environment variable `NAME=VALUE` for the command, or NAME to take this process's; repeatable")
 	f.BoolVar(&o.raw, "raw", false, "do not filter control sequences on a terminal")
 	f.BoolVar(&a.quiet, "quiet", false, "no progress and no closing line on stderr")
@@ -99,10 +98,6 @@ func (o *runOptions) complete(cmd *cobra.Command) error {
 	}
 	if o.req.TTL, err = seconds("ttl-seconds", o.ttlSeconds); err != nil {
 		return err
-	}
-	if o.network != "off" {
-		return api.WithHint(api.Errorf(api.ErrUnsupported, "network policy %q is not available: guests have no network yet", o.network),
-			"leave --network out, and pass files in on stdin")
 	}
 	o.req.Require = api.Require(o.require)
 	o.req.Env, err = parseEnv(o.env, os.LookupEnv)

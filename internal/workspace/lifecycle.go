@@ -493,5 +493,10 @@ func (m *Manager) Workspace(ctx context.Context, ref string) (*api.Workspace, er
 	if err != nil {
 		return nil, err
 	}
+	if ws.ServiceCount > 0 && ws.State == api.StateStarted {
+		// Services end by themselves, too.
+		_, client := m.guest(ws)
+		ws.ServiceCount, ws.RunningServiceCount = countServices(ctx, client)
+	}
 	return &ws.Workspace, nil
 }

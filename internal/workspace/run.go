@@ -35,7 +35,7 @@ func (m *Manager) Run(ctx context.Context, req api.RunRequest) (_ *api.ExecResul
 	id := newID()
 	p, err := m.startMachine(ctx, candidate, machineRequest{
 		ID: id, Environment: req.Environment, VCPUCount: req.VCPUCount, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB,
-		Require: req.Require, TTL: req.TTL, Ephemeral: true, Progress: req.Progress,
+		Require: req.Require, TTL: req.TTL, Network: req.NetworkPolicy, Ephemeral: true, Progress: req.Progress,
 	})
 	if err != nil {
 		return nil, err
@@ -70,6 +70,13 @@ func fill(r *api.RunRequest, defaultEngine string) error {
 	size := machineSize{&r.VCPUCount, &r.MemMiB, &r.DiskMiB}
 	if err := size.fill(); err != nil {
 		return err
+	}
+	switch r.NetworkPolicy {
+	case "":
+		r.NetworkPolicy = api.NetworkOff
+	case api.NetworkOff, api.NetworkEgress:
+	default:
+		return api.WithHint(api.Errorf(api.ErrInvalid, "unknown network policy %q", r.NetworkPolicy), "use off or egress")
 	}
 	if r.Timeout == 0 {
 		r.Timeout = api.DefaultTimeout

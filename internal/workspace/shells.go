@@ -292,11 +292,13 @@ func (m *Manager) StartService(ctx context.Context, ref, name string, req api.St
 	if err != nil {
 		return nil, err
 	}
+	total, running := countServices(ctx, client)
 	ws, err = st.Update(ctx, ws.WorkspaceID, func(ws *store.Workspace) error {
 		if ws.Published == nil {
 			ws.Published = map[string][]api.PublishedPort{}
 		}
 		ws.Published[name] = ports
+		ws.ServiceCount, ws.RunningServiceCount = total, running
 		ws.LastActivityAt = time.Now().UTC()
 		return nil
 	}, store.Event{Kind: eventService, Detail: map[string]any{"service": name, "state": s.State}})
@@ -305,6 +307,21 @@ func (m *Manager) StartService(ctx context.Context, ref, name string, req api.St
 	}
 	out := serviceOf(ws, s)
 	return &out, nil
+}
+
+// countServices returns how many services the guest has, and how many of them
+// run. One that cannot say has none.
+func countServices(ctx context.Context, c *guestclient.Client) (total, running int64) {
+	all, err := c.ListServices(ctx)
+	if err != nil {
+		return 0, 0
+	}
+	for _, s := range all {
+		if s.State == api.ServiceRunning || s.State == api.ServiceStarting {
+			running++
+		}
+	}
+	return int64(len(all)), running
 }
 
 // publish opens the ports for a service, all or none.

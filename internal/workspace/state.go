@@ -43,7 +43,10 @@ func enter(ws *store.Workspace, to api.WorkspaceState) error {
 	if ws.State != to && !slices.Contains(transitions[ws.State], to) {
 		return api.Errorf(api.ErrInternal, "workspace %s cannot go from %s to %s", ws.WorkspaceID, ws.State, to)
 	}
-	ws.State = to
+	if ws.State = to; to == api.StateStopped {
+		// They live in the guest's memory.
+		ws.ServiceCount, ws.RunningServiceCount, ws.Published = 0, 0, nil
+	}
 	return nil
 }
 
