@@ -155,8 +155,8 @@ func (l Limits) hostCompat(asked *bool) (bool, error) {
 	return *asked, nil
 }
 
-// reserve counts one more guest against the limit until release.
-func (s *Server) reserve(ctx context.Context) (release func(), err error) {
+// reserve counts so many more guests against the limit until release.
+func (s *Server) reserve(ctx context.Context, more int) (release func(), err error) {
 	most := s.limits.MaxWorkspaces
 	s.making.Lock()
 	defer s.making.Unlock()
@@ -172,15 +172,15 @@ func (s *Server) reserve(ctx context.Context) (release func(), err error) {
 				n++
 			}
 		}
-		if n >= most {
+		if n+more > most {
 			return nil, api.WithHint(api.Errorf(api.ErrExhausted, "there are %d workspaces, and this server allows at most %d", n, most),
 				"delete one with workspace_delete, after workspace_list; whoever runs the server raises the limit with --max-workspaces")
 		}
 	}
-	s.pending++
+	s.pending += more
 	return func() {
 		s.making.Lock()
 		defer s.making.Unlock()
-		s.pending--
+		s.pending -= more
 	}, nil
 }

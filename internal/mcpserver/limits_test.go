@@ -82,11 +82,7 @@ func TestMaxWorkspaces(t *testing.T) {
 	if n != 2 {
 		t.Errorf("%d were made at once", n)
 	}
-	for _, tool := range []string{"workspace_create", "vm_run"} {
-		a := args{}
-		if tool == "vm_run" {
-			a["command"] = "true"
-		}
+	for tool, a := range map[string]args{"workspace_create": {}, "vm_run": {"command": "true"}, "workspace_fork": {"workspace_id": "w"}} {
 		if e := s.fails(tool, a); e.Code != "exhausted" || !strings.Contains(e.Hint, "--max-workspaces") {
 			t.Errorf("%s: %+v", tool, e)
 		}

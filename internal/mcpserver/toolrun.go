@@ -88,7 +88,7 @@ func vmRun(ctx context.Context, c *call, in runInput) (*runOutput, error) {
 	if strings.TrimSpace(in.Command) == "" {
 		return nil, api.Errorf(api.ErrInvalid, "command is empty")
 	}
-	release, err := c.reserve(ctx)
+	release, err := c.reserve(ctx, 1)
 	if err != nil {
 		return nil, err
 	}

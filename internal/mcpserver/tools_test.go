@@ -83,6 +83,12 @@ func TestEveryTool(t *testing.T) {
 		t.Errorf("snapshot_list: %v", got)
 	}
 	call("workspace_summary", w)
+	if got := call("workspace_fork", args{"workspace_id": "w", "count": 2, "name": "try"}); got["count"] != 2.0 {
+		t.Errorf("workspace_fork: %v", got)
+	}
+	if got := s.call("workspace_file_read", args{"workspace_id": "try-2", "path": "new/file"}); got["content"] != "patched\n" {
+		t.Errorf("the fork has %v", got)
+	}
 	call("workspace_reset", args{"workspace_id": "w", "snapshot": "before"})
 	if got := s.call("workspace_diff", w); got["changed"] != false {
 		t.Errorf("after the reset: %v", got["entries"])

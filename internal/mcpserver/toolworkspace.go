@@ -63,6 +63,14 @@ type resetInput struct {
 	Snapshot string `json:"snapshot,omitempty" default:"baseline" maxlen:"256" jsonschema:"snapshot to go back to; baseline is how it was created"`
 }
 
+type forkInput struct {
+	ref
+	Snapshot   string   `json:"snapshot,omitempty" maxlen:"256" jsonschema:"snapshot to begin with; the disk as it is now if left out"`
+	Count      int      `json:"count,omitempty" default:"1" min:"1" max:"100" jsonschema:"how many to make"`
+	Name       string   `json:"name,omitempty" maxlen:"256" jsonschema:"name of the new one; of several, -1 and so on is added"`
+	TTLSeconds *float64 `json:"ttl_seconds,omitempty" min:"0" max:"1000000000" jsonschema:"seconds until each deletes itself, 0 for never; as the original if left out"`
+}
+
 var workspaceTools = []tool{
 	define(tool{
 		name: "workspace_create", title: "Create a workspace", effect: changes, openWorld: true,
@@ -119,6 +127,11 @@ Returns the workspace: workspace_id, state, isolation, and in workspace_seed wha
 		return c.client.Reset(ctx, in.WorkspaceID, in.Snapshot, c.progress.step)
 	}),
 	define(tool{
+		name: "workspace_fork", title: "Fork a workspace", effect: changes,
+		description: `Make new workspaces that begin with the disk of another one, as it is now or in a snapshot, and start them: to try several things from one prepared state, side by side. It takes no copy and little time. Processes are not part of it. Returns the new workspaces.`,
+		example:     `{"workspace_id":"fix-142","name":"try","count":2}`,
+	}, forkWorkspace),
+	define(tool{
 		name: "workspace_summary", title: "Summarize what happened", effect: reads,
 		description: `Summarize what happened in a workspace since its last reset: commands with their results, edits, changed paths, snapshots, exports, and the outcome in one sentence. Use it to report what was done; use workspace_logs for the output of commands.`,
 		example:     `{"workspace_id":"fix-142"}`,
@@ -168,12 +181,33 @@ func createWorkspace(ctx context.Context, c *call, in createInput) (*api.Workspa
 	if err != nil {
 		return nil, err
 	}
-	release, err := c.reserve(ctx)
+	release, err := c.reserve(ctx, 1)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
 	return c.client.CreateWorkspace(ctx, req)
+}
+
+func forkWorkspace(ctx context.Context, c *call, in forkInput) (*api.ForkResult, error) {
+	req := api.ForkRequest{Snapshot: in.Snapshot, Count: in.Count, Name: in.Name, Progress: c.progress.step}
+	var err error
+	switch {
+	case in.TTLSeconds != nil:
+		req.TTL, err = c.limits.ttl(*in.TTLSeconds)
+	case c.limits.MaxTTL > 0:
+		// The original may be somebody's who has no such limit.
+		req.TTL = min(api.DefaultTTL, c.limits.MaxTTL)
+	}
+	if err != nil {
+		return nil, err
+	}
+	release, err := c.reserve(ctx, in.Count)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	return c.client.Fork(ctx, in.WorkspaceID, req)
 }
 
 func updateWorkspace(ctx context.Context, c *call, in updateInput) (*api.Workspace, error) {
