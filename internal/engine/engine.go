@@ -88,6 +88,10 @@ type MachineSpec struct {
 	// Ephemeral says that the machine's disk dies with it, so that flushing it
 	// to the host's disk is wasted work.
 	Ephemeral bool
+	// Templates is the directory in which an engine that is a Warmer keeps its
+	// templates. With one of this machine's shape in it Start is warm; without,
+	// the machine leaves one there for the next. "" means neither.
+	Templates string
 	// Console receives the guest's console and the engine's own messages. The
 	// engine never blocks the guest on it: the writer must be quick.
 	Console io.Writer    `json:"-"`
@@ -125,6 +129,44 @@ type Machine interface {
 type Pauser interface {
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
+}
+
+// Warmth is how Start would begin a machine.
+type Warmth string
+
+// The kinds of Warmth. A stale template was made by or for something else, an
+// older guest agent for example: the next start is cold and replaces it.
+const (
+	WarmthCold  Warmth = "cold"
+	WarmthStale Warmth = "stale"
+	WarmthWarm  Warmth = "warm"
+)
+
+// A Warmer is an Engine that can start machines from a template: the memory of
+// a machine whose kernel and guest agent were up and had not touched their disk
+// yet. So a template serves every environment and every disk. It goes by what
+// the machine is made of: MachineSpec's VCPUCount, MemMiB, Kernel and AgentPath,
+// and the engine itself. A template that is of no use is no error: Start then
+// boots.
+type Warmer interface {
+	// Prepare makes the template that Start of spec would use, unless it is
+	// there. Of spec only what a template goes by, ID, Dir, Templates, Console
+	// and Logger count. It takes as long as a boot.
+	Prepare(ctx context.Context, spec MachineSpec) error
+	// Warmth says how Start of spec would begin. It takes milliseconds and
+	// changes nothing.
+	Warmth(ctx context.Context, spec MachineSpec) Warmth
+	// PruneTemplates removes the templates in dir that have not been used for
+	// longest until the rest is small enough, with all every one, and what
+	// killed processes have left. No running machine minds.
+	PruneTemplates(ctx context.Context, dir string, all bool) (freedBytes int64, err error)
+}
+
+// A Beginner is a Machine that tells how it began.
+type Beginner interface {
+	// Began reports whether Start was warm. note is one sentence for the user,
+	// "" if there is nothing to tell: a template was there and of no use.
+	Began() (warm bool, note string)
 }
 
 // A DiskFormat is the kind of file that holds a layer of a machine's disk.

@@ -221,7 +221,7 @@ func serveMachine(version string, system *boot.System) error {
 	if err != nil {
 		return err
 	}
-	return serveChannels(context.Background(), s, logger)
+	return serveChannels(context.Background(), system.Port, s, logger)
 }
 
 // workload makes the control group for the commands, nil where there is none.

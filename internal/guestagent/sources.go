@@ -2,19 +2,18 @@ package guestagent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/pyro-mcp/pyro/internal/guestagent/boot"
 	"github.com/pyro-mcp/pyro/internal/guestconn"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
@@ -132,8 +131,9 @@ func serveMux(ctx context.Context, pipe io.ReadWriteCloser, s *Server) error {
 }
 
 // serveChannels serves a machine's host by every way there is: the virtio port
-// named "agent" and AF_VSOCK. It returns only if there is none.
-func serveChannels(ctx context.Context, s *Server, logger *slog.Logger) error {
+// named "agent" and AF_VSOCK. port is nil if it is not open yet. It returns only
+// if there is none.
+func serveChannels(ctx context.Context, port *os.File, s *Server, logger *slog.Logger) error {
 	ways := 0
 	if l, err := guestconn.ListenVsock(guestproto.Port); err == nil {
 		ways++
@@ -141,7 +141,10 @@ func serveChannels(ctx context.Context, s *Server, logger *slog.Logger) error {
 			logger.Error("serving AF_VSOCK", "err", s.Serve(ctx, l))
 		}()
 	}
-	port, err := openPort()
+	var err error
+	if port == nil {
+		port, err = boot.OpenPort()
+	}
 	if err != nil && ways == 0 {
 		return fmt.Errorf("looking for a way to the host: %w, and AF_VSOCK is not there either", err)
 	}
@@ -150,36 +153,6 @@ func serveChannels(ctx context.Context, s *Server, logger *slog.Logger) error {
 		select {}
 	}
 	return servePort(ctx, port, s, logger)
-}
-
-// portName is the name that the host gives the guest's channel.
-const portName = "agent"
-
-// openPort finds the virtio-serial port of that name by sysfs and opens it,
-// waiting a little for its driver.
-func openPort() (*os.File, error) {
-	deadline := time.Now().Add(10 * time.Second)
-	for {
-		names, _ := filepath.Glob("/sys/class/virtio-ports/*/name")
-		for _, file := range names {
-			data, err := os.ReadFile(file)
-			if err != nil || strings.TrimSpace(string(data)) != portName {
-				continue
-			}
-			dev := "/dev/" + filepath.Base(filepath.Dir(file))
-			f, err := os.OpenFile(dev, os.O_RDWR|unix.O_NONBLOCK, 0)
-			if err == nil {
-				return f, nil
-			}
-			if !errors.Is(err, os.ErrNotExist) {
-				return nil, fmt.Errorf("opening the virtio port %q: %w", portName, err)
-			}
-		}
-		if len(names) == 0 || time.Now().After(deadline) {
-			return nil, fmt.Errorf("there is no virtio port named %q", portName)
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
 }
 
 // hostPoll is how often the agent looks whether a host has connected. Without

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
 // command collects QEMU's arguments and the files that go with them.
@@ -48,6 +49,9 @@ type inputs struct {
 	console, qmp, channel *os.File
 	vhostVsock            *os.File // nil without vsock
 	cid                   uint32
+	memory                *os.File // nil for memory of QEMU's own
+	waits                 bool     // the guest waits for its host
+	incoming              bool     // nothing boots, a state will come
 }
 
 // newCommand starts a command line of whatever QEMU is used for.
@@ -71,7 +75,7 @@ func (c *command) addMonitor(f *os.File) {
 // a saved machine loadable again, so it depends on nothing but its arguments.
 func build(spec engine.MachineSpec, accel string, in inputs) *command {
 	c := newCommand("pyro-" + spec.ID)
-	machine := "q35,usb=off,smm=off,sata=off,smbus=off,vmport=off,hpet=off,accel="
+	machine := "q35,usb=off,smm=off,sata=off,smbus=off,vmport=off,hpet=off,memory-backend=mem,accel="
 	if accel == accelKVM {
 		c.add("-machine", machine+"kvm", "-cpu", "host")
 	} else {
@@ -80,15 +84,27 @@ func build(spec engine.MachineSpec, accel string, in inputs) *command {
 		c.add("-machine", machine+"tcg", "-cpu", "Nehalem")
 	}
 	c.add("-m", strconv.Itoa(spec.MemMiB)+"M", "-smp", strconv.Itoa(spec.VCPUCount))
+	c.addMemory(spec, in)
 
-	c.add("-kernel", c.passPath(in.kernel), "-initrd", c.passPath(in.initramfs), "-append", kernelCommandLine(spec, accel))
+	// A machine that does not boot has the same firmware, and with it memory
+	// blocks, only with a kernel of the same form.
+	c.add("-kernel", c.passPath(in.kernel))
+	if in.incoming {
+		c.add("-incoming", "defer")
+	} else {
+		c.add("-initrd", c.passPath(in.initramfs), "-append", kernelCommandLine(spec, accel, in.waits))
+	}
 
 	c.addMonitor(in.qmp)
 	c.add("-chardev", fmt.Sprintf("socket,id=console,fd=%d", c.pass(in.console)), "-serial", "chardev:console")
 	c.add("-chardev", fmt.Sprintf("socket,id=agent,fd=%d", c.pass(in.channel)),
 		"-device", "virtio-serial-pci,max_ports=2", "-device", "virtserialport,chardev=agent,name=agent")
 
-	c.addChain(in.disk, spec.Ephemeral)
+	if in.disk.base != nil {
+		c.addChain(in.disk, spec.Ephemeral)
+	} else {
+		c.blockdev(map[string]any{"driver": "null-co", "node-name": "disk", "size": 1 << 20, "read-zeroes": true})
+	}
 	c.add("-device", "virtio-blk-pci,drive=disk,discard=on,write-cache=on")
 
 	c.add("-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng")
@@ -98,9 +114,21 @@ func build(spec engine.MachineSpec, accel string, in inputs) *command {
 	return c
 }
 
+func (c *command) addMemory(spec engine.MachineSpec, in inputs) {
+	if in.memory == nil {
+		c.add("-object", fmt.Sprintf("memory-backend-ram,id=mem,size=%dM", spec.MemMiB))
+		return
+	}
+	share := "on"
+	if in.incoming {
+		share = "off"
+	}
+	c.add("-object", fmt.Sprintf("memory-backend-file,id=mem,size=%dM,mem-path=%s,share=%s", spec.MemMiB, c.passPath(in.memory), share))
+}
+
 // kernelCommandLine holds nothing secret: the guest and anybody who may list
 // the host's processes can read it.
-func kernelCommandLine(spec engine.MachineSpec, accel string) string {
+func kernelCommandLine(spec engine.MachineSpec, accel string, waits bool) string {
 	words := []string{
 		"console=ttyS0", "quiet",
 		// A panic ends the machine at once: reboot by triple fault, which
@@ -116,7 +144,10 @@ func kernelCommandLine(spec engine.MachineSpec, accel string) string {
 		// nothing about the timer; on KVM it does not look either.
 		words = append(words, "mitigations=off", "nokaslr", "no_timer_check")
 	}
-	if spec.Hostname != "" {
+	if waits {
+		// The host says the name when the wait is over.
+		words = append(words, guestproto.WaitWord)
+	} else if spec.Hostname != "" {
 		words = append(words, "pyro.hostname="+spec.Hostname)
 	}
 	return strings.Join(words, " ")

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"os/exec"
 	"sync"
 	"syscall"
@@ -27,9 +28,15 @@ type machine struct {
 	qmp     *qmp
 	cid     uint32 // 0 without vsock
 	drained <-chan struct{}
+	memory  *os.File // nil or closed when the machine ends
+	warm    bool
+	note    string
 
 	diskMu sync.Mutex // held during a snapshot; guards disk
 	disk   liveDisk
+
+	// migrated receives the status of a migration whenever it changes.
+	migrated chan string
 
 	stopOnce sync.Once
 
@@ -43,6 +50,9 @@ type machine struct {
 	mu     sync.Mutex // guards the following
 	asked  bool       // Stop was called
 	reason string     // why QEMU says it ends, "" until it does
+	// installed is closed when the template that the machine leaves is in
+	// place; nil if it leaves none.
+	installed <-chan struct{}
 
 	done chan struct{} // closed when QEMU has been reaped; then exit is set
 	exit engine.Exit
@@ -68,6 +78,9 @@ func (m *machine) wait() {
 		}
 	}
 	m.qmp.close()
+	if m.memory != nil {
+		m.memory.Close()
+	}
 
 	m.mu.Lock()
 	m.exit = engine.Exit{Requested: m.asked || m.reason == poweredOff, Reason: m.reason}
@@ -88,8 +101,9 @@ func (m *machine) wait() {
 const poweredOff = "guest powered off"
 
 // connect agrees with the guest agent on a session over the serial channel,
-// which takes as long as the guest takes to boot.
-func (m *machine) connect(channel net.Conn) {
+// which takes as long as the guest takes to boot. begin, which may be nil, has
+// the channel before.
+func (m *machine) connect(channel net.Conn, begin func(context.Context, net.Conn) error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go func() {
@@ -99,7 +113,14 @@ func (m *machine) connect(channel net.Conn) {
 		case <-m.muxed:
 		}
 	}()
-	m.mux, m.muxErr = guestconn.NewMux(ctx, channel, guestconn.Host)
+	if begin != nil {
+		m.muxErr = begin(ctx, channel)
+	}
+	if m.muxErr == nil {
+		m.mux, m.muxErr = guestconn.NewMux(ctx, channel, guestconn.Host)
+	} else {
+		channel.Close()
+	}
 	close(m.muxed)
 	if m.muxErr == nil {
 		<-m.done
@@ -125,6 +146,15 @@ func describeExit(err error) string {
 func (m *machine) event(name string, data json.RawMessage) {
 	var reason string
 	switch name {
+	case "MIGRATION":
+		var d struct {
+			Status string `json:"status"`
+		}
+		_ = json.Unmarshal(data, &d)
+		select {
+		case m.migrated <- d.Status:
+		default: // nobody waits: a migration has far fewer states than fit
+		}
 	case "SHUTDOWN":
 		// qapi/run-state.json, ShutdownCause.
 		var d struct {
@@ -207,12 +237,25 @@ func (m *machine) Wait(ctx context.Context) (engine.Exit, error) {
 	}
 }
 
+// installPatience is how long the end of a machine that leaves a template waits
+// for it to be on the disk. Measured 0.3 s from the moment it was taken.
+const installPatience = 3 * time.Second
+
 // Stop implements [engine.Machine]. The polite part is the caller's: it asks
 // the guest agent to power off; grace is how long that may still take.
 func (m *machine) Stop(ctx context.Context, grace time.Duration) error {
 	m.mu.Lock()
 	m.asked = true
+	installed := m.installed
 	m.mu.Unlock()
+	if installed != nil {
+		// The end of this process may follow that of its machine.
+		select {
+		case <-installed:
+		case <-time.After(installPatience):
+		case <-ctx.Done():
+		}
+	}
 	if grace > 0 {
 		t := time.NewTimer(grace)
 		defer t.Stop()

@@ -54,7 +54,7 @@ func (e *Engine) merge(ctx context.Context, layers []string, rootImage string) e
 	}
 
 	var stderr tailBuffer
-	cmd, err := e.launch(c, layers[top], accelTCG, &stderr)
+	cmd, err := e.run(c, layers[top], accelTCG, &stderr)
 	if err != nil {
 		conn.Close()
 		return fmt.Errorf("starting qemu: %w", err)

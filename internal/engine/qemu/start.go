@@ -34,7 +34,7 @@ const MaxVCPUs = 64
 const qmpTimeout = 30 * time.Second
 
 // Start implements [engine.Engine].
-func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (_ engine.Machine, err error) {
+func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (engine.Machine, error) {
 	if err := check(spec); err != nil {
 		return nil, err
 	}
@@ -42,19 +42,70 @@ func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (_ engine.M
 	if err != nil {
 		return nil, err
 	}
+	if spec.Templates != "" {
+		return e.startTemplated(ctx, spec, accel)
+	}
+	return started(e.boot(ctx, spec, accel, nil, ""))
+}
+
+// boot starts a machine from its kernel. With a template it leaves one there.
+// note is what it has to tell the user.
+func (e *Engine) boot(ctx context.Context, spec engine.MachineSpec, accel string, t *template, note string) (*machine, error) {
+	var how start
+	var begin func(context.Context, net.Conn) error
+	var m *machine
+	if t != nil {
+		memory, err := newMemory("pyro-"+spec.ID, int64(spec.MemMiB)<<20)
+		if err != nil {
+			return nil, fmt.Errorf("starting qemu: %w", err)
+		}
+		how = start{memory: memory, waits: true}
+		begin = func(ctx context.Context, channel net.Conn) error {
+			return m.beginWaiting(ctx, channel, t, spec, memory)
+		}
+	}
+	m, channel, err := e.launch(ctx, spec, accel, how)
+	if err != nil {
+		if how.memory != nil {
+			how.memory.Close()
+		}
+		return nil, err
+	}
+	m.note = note
+	go m.connect(channel, begin)
+	return m, nil
+}
+
+// start is how a machine comes up.
+type start struct {
+	// memory is its memory, which is the machine's to close once it was
+	// launched; nil for memory of QEMU's own.
+	memory *os.File
+	// waits says that the guest waits for its host before it mounts its disk,
+	// and incoming that the machine does not boot but gets a state: then memory
+	// is read only.
+	waits, incoming bool
+}
+
+// launch starts QEMU and gets its attention. The machine's channel is not read
+// or written yet. On an error nothing is left running.
+func (e *Engine) launch(ctx context.Context, spec engine.MachineSpec, accel string, how start) (_ *machine, channel net.Conn, err error) {
 	files := &opener{}
 	defer files.closeAll() // QEMU has its own descriptors by then
 
-	disk, err := e.openDisk(ctx, files, spec)
-	if err != nil {
-		return nil, fmt.Errorf("starting qemu: %w", err)
+	in := inputs{memory: how.memory, waits: how.waits || how.incoming, incoming: how.incoming}
+	if spec.RootImage != "" {
+		if in.disk, err = e.openDisk(ctx, files, spec); err != nil {
+			return nil, nil, fmt.Errorf("starting qemu: %w", err)
+		}
 	}
-	in := inputs{
-		disk:      disk,
-		kernel:    files.readable(spec.Kernel.Image, filepath.Join(spec.Dir, "kernel")),
-		initramfs: files.initramfs(spec, filepath.Join(spec.Dir, "initramfs.cpio")),
+	if how.incoming {
+		in.kernel = files.readable(spec.Kernel.Image, filepath.Join(spec.Dir, "kernel"))
+	} else {
+		in.kernel = files.readable(spec.Kernel.Image, filepath.Join(spec.Dir, "kernel"))
+		in.initramfs = files.initramfs(spec, filepath.Join(spec.Dir, "initramfs.cpio"))
 	}
-	var console, control, channel net.Conn
+	var console, control net.Conn
 	console, in.console = files.pair("console")
 	control, in.qmp = files.pair("qmp")
 	channel, in.channel = files.pair("channel")
@@ -64,37 +115,37 @@ func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (_ engine.M
 	}
 	if files.err != nil {
 		files.closeConns()
-		return nil, fmt.Errorf("starting qemu: %w", files.err)
+		return nil, nil, fmt.Errorf("starting qemu: %w", files.err)
 	}
 
 	c := build(spec, accel, in)
 	var stderr tailBuffer
-	cmd, err := e.launch(c, spec.ID, accel, io.MultiWriter(spec.Console, &stderr))
+	cmd, err := e.run(c, spec.ID, accel, io.MultiWriter(spec.Console, &stderr))
 	if err != nil {
 		files.closeConns()
-		return nil, fmt.Errorf("starting qemu: %w", err)
+		return nil, nil, fmt.Errorf("starting qemu: %w", err)
 	}
 	files.closeAll()
 
-	m := &machine{log: spec.Logger, cmd: cmd, accel: accel, cid: in.cid,
-		disk:  liveDisk{engine: e, path: diskPath(spec), node: "disk", fdset: c.diskSet, size: disk.size, ephemeral: spec.Ephemeral},
-		muxed: make(chan struct{}), done: make(chan struct{})}
+	m := &machine{log: spec.Logger, cmd: cmd, accel: accel, cid: in.cid, memory: how.memory,
+		disk:     liveDisk{engine: e, path: diskPath(spec), node: "disk", fdset: c.diskSet, size: in.disk.size, ephemeral: spec.Ephemeral},
+		migrated: make(chan string, 64), muxed: make(chan struct{}), done: make(chan struct{})}
 	m.drained = drain(console, spec.Console)
 	m.qmp = newQMP(control, m.event)
 	go m.wait()
-	go m.connect(channel)
-	limit(cmd.Process.Pid, spec.MemMiB, len(spec.Layers), disk.size)
+	limit(cmd.Process.Pid, spec.MemMiB, len(spec.Layers), in.disk.size)
 
 	qmpCtx, cancel := context.WithTimeout(ctx, qmpTimeout)
 	defer cancel()
 	if err := m.qmp.negotiate(qmpCtx); err != nil {
 		_ = m.Stop(context.WithoutCancel(ctx), 0)
+		channel.Close()
 		if said := stderr.String(); said != "" {
-			return nil, fmt.Errorf("starting qemu: %w", refusedStart(said))
+			return nil, nil, fmt.Errorf("starting qemu: %w", refusedStart(said))
 		}
-		return nil, fmt.Errorf("starting qemu: %w", err)
+		return nil, nil, fmt.Errorf("starting qemu: %w", err)
 	}
-	return m, nil
+	return m, channel, nil
 }
 
 func check(spec engine.MachineSpec) error {
@@ -112,8 +163,8 @@ func check(spec engine.MachineSpec) error {
 	return nil
 }
 
-// launch starts QEMU with c. What it says goes to stderr.
-func (e *Engine) launch(c *command, id, accel string, stderr io.Writer) (*exec.Cmd, error) {
+// run starts QEMU with c. What it says goes to stderr.
+func (e *Engine) run(c *command, id, accel string, stderr io.Writer) (*exec.Cmd, error) {
 	cmd := exec.Command(e.binary, c.args...)
 	cmd.ExtraFiles = c.files
 	cmd.Dir = "/"

@@ -8,11 +8,14 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
 // modulesOrder lists the modules in the initramfs in load order, one path per
@@ -41,9 +44,14 @@ type System struct {
 	CgroupMount string
 	// MemoryMax and PIDsMax are the workload's shares of the machine.
 	MemoryMax, PIDsMax int64
+	// Port is the channel to the host if Run has needed it, else nil. It is the
+	// caller's.
+	Port *os.File
 }
 
-// Run boots. Faults that leave a usable system are printed and passed over.
+// Run boots. Faults that leave a usable system are printed and passed over. With
+// guestproto.WaitWord on the kernel's command line it waits for the host before
+// it touches the root disk.
 func Run() (*System, error) {
 	if err := mountKernel(); err != nil {
 		return nil, err
@@ -60,7 +68,50 @@ func Run() (*System, error) {
 	if err := loadModules(); err != nil {
 		return nil, err
 	}
-	if err := mountRoot(args["pyro.root"]); err != nil {
+	if !slices.Contains(strings.Fields(string(line)), guestproto.WaitWord) {
+		return finish(args["pyro.root"], args["pyro.hostname"])
+	}
+	port, err := OpenPort()
+	if err != nil {
+		return nil, err
+	}
+	if err := releaseDevices(); err != nil {
+		return nil, err
+	}
+	r, err := awaitHost(port)
+	if err != nil {
+		_ = answer(port, err)
+		return nil, err
+	}
+	s, err := resume(args["pyro.root"], r)
+	if err := answer(port, err); err != nil {
+		return nil, fmt.Errorf("answering the host: %w", err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	s.Port = port
+	return s, nil
+}
+
+// resume goes on after the wait.
+func resume(root string, r guestproto.Resume) (*System, error) {
+	if err := Refresh(r); err != nil {
+		return nil, err
+	}
+	if err := probeDevices(); err != nil {
+		return nil, err
+	}
+	s, err := finish(root, r.Hostname)
+	if err != nil {
+		return nil, err
+	}
+	return s, bootID()
+}
+
+// finish brings up what depends on the machine's disk and name.
+func finish(root, hostname string) (*System, error) {
+	if err := mountRoot(root); err != nil {
 		return nil, err
 	}
 	if err := switchRoot(); err != nil {
@@ -73,7 +124,7 @@ func Run() (*System, error) {
 		s.CgroupMount = "/sys/fs/cgroup"
 	}
 	s.MemoryMax, s.PIDsMax = shares(memTotal())
-	for _, step := range []func() error{mountTemporary, raiseLimits, func() error { return nameHost(args["pyro.hostname"]) }, writeFiles, machineID, loopbackUp} {
+	for _, step := range []func() error{mountTemporary, raiseLimits, func() error { return nameHost(hostname) }, writeFiles, machineID, loopbackUp} {
 		if err := step(); err != nil {
 			warn(err)
 		}

@@ -91,20 +91,19 @@ func writeIfDifferent(path, content string) error {
 	return nil
 }
 
+// inMemoryMachineID is where the machine's id is if its image has none.
+const inMemoryMachineID = "/run/machine-id"
+
 // machineID gives the machine an id that lives in memory, if its image has
 // none: one on the disk would be shared by every copy. See machine-id(5).
 func machineID() error {
-	const file, inMemory = "/etc/machine-id", "/run/machine-id"
+	const file = "/etc/machine-id"
 	old, err := os.ReadFile(file)
 	if id := strings.TrimSpace(string(old)); err == nil && id != "" && id != "uninitialized" {
 		return nil
 	}
-	var b [16]byte
-	if _, err := rand.Read(b[:]); err != nil {
-		return fmt.Errorf("drawing a machine id: %w", err)
-	}
-	if err := os.WriteFile(inMemory, []byte(hex.EncodeToString(b[:])+"\n"), 0o444); err != nil {
-		return fmt.Errorf("writing the machine id: %w", err)
+	if err := writeMachineID(inMemoryMachineID); err != nil {
+		return err
 	}
 	if err != nil {
 		// An image without the file, or with a dangling link to /run.
@@ -115,8 +114,19 @@ func machineID() error {
 			return err
 		}
 	}
-	if err := unix.Mount(inMemory, file, "", unix.MS_BIND, ""); err != nil {
+	if err := unix.Mount(inMemoryMachineID, file, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("mounting the machine id: %w", err)
+	}
+	return nil
+}
+
+func writeMachineID(path string) error {
+	var b [16]byte
+	if _, err := rand.Read(b[:]); err != nil {
+		return fmt.Errorf("drawing a machine id: %w", err)
+	}
+	if err := os.WriteFile(path, []byte(hex.EncodeToString(b[:])+"\n"), 0o444); err != nil {
+		return fmt.Errorf("writing the machine id: %w", err)
 	}
 	return nil
 }

@@ -1,0 +1,102 @@
+package qemu
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"fmt"
+	"io"
+	"net"
+	"time"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/guestproto"
+)
+
+// awaitGuest returns when the guest on the channel says that it waits.
+func awaitGuest(channel net.Conn) error {
+	line := make([]byte, len(guestproto.WaitingLine))
+	if _, err := io.ReadFull(channel, line); err != nil {
+		return fmt.Errorf("waiting for the guest agent: %w", err)
+	}
+	if string(line) != guestproto.WaitingLine {
+		return api.Errorf(api.ErrDamaged, "the guest says %q instead of that it waits", line)
+	}
+	return nil
+}
+
+// resumeGuest tells a guest that waits to go on, as a machine of that name, and
+// returns when its root disk is mounted. An error that matches errGuest is the
+// guest's own.
+func resumeGuest(ctx context.Context, channel net.Conn, hostname string) error {
+	stop := context.AfterFunc(ctx, func() { _ = channel.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	req, err := newResume(hostname)
+	if err != nil {
+		return err
+	}
+	line, err := guestproto.Encode(req)
+	if err != nil {
+		return err
+	}
+	if _, err := channel.Write(line); err != nil {
+		return fmt.Errorf("resuming the guest: %w", orCause(ctx, err))
+	}
+	answer, err := readAnswer(channel)
+	if err != nil {
+		return fmt.Errorf("resuming the guest: %w", orCause(ctx, err))
+	}
+	var reply guestproto.ResumeReply
+	if err := guestproto.DecodeReply(answer, &reply, "ok"); err != nil {
+		return &guestError{err}
+	}
+	return nil
+}
+
+func newResume(hostname string) (guestproto.Resume, error) {
+	r := guestproto.Resume{
+		Envelope: guestproto.Envelope{Action: guestproto.ActionResume},
+		Hostname: hostname, NewIdentity: true, Entropy: make([]byte, 64),
+	}
+	if _, err := rand.Read(r.Entropy); err != nil {
+		return r, api.Errorf(api.ErrInternal, "drawing entropy for the guest: %w", err)
+	}
+	r.TimeNS = time.Now().UnixNano()
+	return r, nil
+}
+
+// A guestError is a guest's own account of why it cannot go on. It says nothing
+// against the template.
+type guestError struct{ err error }
+
+func (e *guestError) Error() string { return e.err.Error() }
+func (e *guestError) Unwrap() error { return e.err }
+
+// readAnswer reads one line. The guest says nothing more until it is asked.
+func readAnswer(r io.Reader) ([]byte, error) {
+	buf := make([]byte, 0, guestproto.MaxResumeLine)
+	for {
+		n, err := r.Read(buf[len(buf):cap(buf)])
+		buf = buf[:len(buf)+n]
+		if i := bytes.IndexByte(buf, '\n'); i >= 0 {
+			if i != len(buf)-1 {
+				return nil, api.Errorf(api.ErrDamaged, "%d bytes follow the guest's answer", len(buf)-1-i)
+			}
+			return buf[:i], nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		if len(buf) == cap(buf) {
+			return nil, api.Errorf(api.ErrDamaged, "the guest's answer is longer than %d bytes", guestproto.MaxResumeLine)
+		}
+	}
+}
+
+// orCause is why ctx has ended, else err.
+func orCause(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return err
+}

@@ -1,0 +1,127 @@
+package qemu
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pyro-mcp/pyro/internal/artifact"
+	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/hostproc"
+	"github.com/pyro-mcp/pyro/internal/statedir"
+)
+
+// Machines of one template share its memory as long as one of them runs: the
+// process of each keeps the memfd open and says so in a file, and the next takes
+// it from there by way of /proc. The file is a hint only. What it leads to has
+// to be a memfd of the template's name that nobody can change any more, in a
+// process of our own user; where it does not, the memory is filled anew.
+
+// holder is the content of such a file.
+type holder struct {
+	Process hostproc.Identity `json:"process"`
+	FD      int               `json:"fd"`
+}
+
+// holdersDir is below the templates' directory.
+const holdersDir = "memory"
+
+func holderFile(dir, digest string) string {
+	return filepath.Join(dir, holdersDir, strings.TrimPrefix(digest, "sha256:")+".json")
+}
+
+// memoryName is the name of a template's memfd, for /proc and people.
+func memoryName(digest string) string {
+	return "pyro-template-" + strings.TrimPrefix(digest, "sha256:")
+}
+
+// borrowMemory returns the template's memory from a process that has it, nil if
+// none does.
+func borrowMemory(dir, digest string, size int64) *os.File {
+	var h holder
+	if statedir.ReadJSON(holderFile(dir, digest), &h) != nil || !h.Process.Alive() {
+		return nil
+	}
+	path := fmt.Sprintf("/proc/%d/fd/%d", h.Process.PID, h.FD)
+	// Before it is opened: a descriptor's number may mean something else by now.
+	if link, err := os.Readlink(path); err != nil || link != "/memfd:"+memoryName(digest)+" (deleted)" {
+		return nil
+	}
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil
+	}
+	st, err := f.Stat()
+	if err != nil || st.Size() != size || !isSealed(f) || !h.Process.Alive() {
+		f.Close()
+		return nil
+	}
+	return f
+}
+
+// lendMemory tells others that this process has the template's memory.
+func lendMemory(dir, digest string, f *os.File) error {
+	self, err := hostproc.Identify(os.Getpid())
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Join(dir, holdersDir), 0o700); err != nil {
+		return err
+	}
+	return statedir.WriteJSON(holderFile(dir, digest), holder{Process: self, FD: int(f.Fd())})
+}
+
+// templateMachineMemory returns the memory of the template held, for a machine
+// like spec. It may be used when filled has said nil; then it is sealed. The
+// file is the caller's also if filled says an error.
+func templateMachineMemory(spec engine.MachineSpec, held *artifact.Held) (f *os.File, filled <-chan error, err error) {
+	done := make(chan error, 1)
+	size := int64(spec.MemMiB) << 20
+	if f = borrowMemory(spec.Templates, held.Digest, size); f != nil {
+		done <- nil
+		return f, done, nil
+	}
+	saved, err := os.Open(held.Path(templateMemory))
+	if err != nil {
+		return nil, nil, err
+	}
+	if f, err = newMemory(memoryName(held.Digest), size); err != nil {
+		saved.Close()
+		return nil, nil, err
+	}
+	go func() {
+		defer saved.Close()
+		err := loadMemory(f, size, saved)
+		if err == nil {
+			err = sealMemory(f)
+		}
+		done <- err
+	}()
+	return f, done, nil
+}
+
+// pruneHolders removes the files about templates that are not there any more.
+func pruneHolders(dir string, refs []artifact.Ref) error {
+	there := map[string]bool{}
+	for _, r := range refs {
+		there[filepath.Base(holderFile(dir, r.Digest))] = true
+	}
+	entries, err := os.ReadDir(filepath.Join(dir, holdersDir))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		if !there[e.Name()] {
+			errs = append(errs, os.Remove(filepath.Join(dir, holdersDir, e.Name())))
+		}
+	}
+	return errors.Join(errs...)
+}

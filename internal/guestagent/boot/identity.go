@@ -1,0 +1,95 @@
+package boot
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pyro-mcp/pyro/internal/guestproto"
+)
+
+// Refresh sets the clock and gives the kernel's random generator a new key. From
+// then on what this guest draws is nobody else's. Both are tried; the error says
+// what did not work.
+func Refresh(r guestproto.Resume) error {
+	now := unix.NsecToTimespec(r.TimeNS)
+	var clock error
+	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &now); err != nil {
+		clock = fmt.Errorf("setting the clock: %w", err)
+	}
+	return errors.Join(clock, reseed(r.Entropy))
+}
+
+// reseed mixes entropy into the kernel's pool, as worth all its bits, and makes
+// the generator take its key from there at once: random(4). Without the second
+// step it would go on with the old key for up to a minute.
+func reseed(entropy []byte) error {
+	f, err := os.OpenFile("/dev/urandom", os.O_WRONLY, 0)
+	if err != nil {
+		return fmt.Errorf("reseeding the random generator: %w", err)
+	}
+	defer f.Close()
+	// struct rand_pool_info of include/uapi/linux/random.h.
+	info := make([]byte, 8, 8+len(entropy))
+	binary.NativeEndian.PutUint32(info, uint32(8*len(entropy)))
+	binary.NativeEndian.PutUint32(info[4:], uint32(len(entropy)))
+	info = append(info, entropy...)
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.RNDADDENTROPY, uintptr(unsafe.Pointer(&info[0]))); errno != 0 {
+		return fmt.Errorf("reseeding the random generator: %w", os.NewSyscallError("ioctl RNDADDENTROPY", errno))
+	}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.RNDRESEEDCRNG, 0); errno != 0 {
+		return fmt.Errorf("reseeding the random generator: %w", os.NewSyscallError("ioctl RNDRESEEDCRNG", errno))
+	}
+	return nil
+}
+
+// Rename gives a running machine its name and ids anew, after Refresh.
+func Rename(hostname string) error {
+	var errs []error
+	if hostname != "" {
+		errs = append(errs, nameHost(hostname))
+	}
+	// Both lie in memory, one mounted over the other: what was read before
+	// stays what it was, and the next to read sees the new.
+	if old, err := os.ReadFile(inMemoryMachineID); err == nil && strings.TrimSpace(string(old)) != "" {
+		errs = append(errs, writeMachineID(inMemoryMachineID))
+	}
+	return errors.Join(append(errs, bootID())...)
+}
+
+const (
+	kernelBootID   = "/proc/sys/kernel/random/boot_id"
+	inMemoryBootID = "/run/boot-id"
+)
+
+// bootID gives the machine a boot id of its own. The kernel draws one when it is
+// first asked and keeps it, so a copy of its memory may have it already, and a
+// file is mounted over it.
+func bootID() error {
+	var b [16]byte
+	if _, err := rand.Read(b[:]); err != nil {
+		return fmt.Errorf("drawing a boot id: %w", err)
+	}
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80 // version 4, RFC 9562 section 5.4
+	id := fmt.Sprintf("%x-%x-%x-%x-%x\n", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+	_, err := os.Lstat(inMemoryBootID)
+	mounted := !errors.Is(err, fs.ErrNotExist)
+	// Root may write what is 0444.
+	if err := os.WriteFile(inMemoryBootID, []byte(id), 0o444); err != nil {
+		return fmt.Errorf("writing the boot id: %w", err)
+	}
+	if mounted {
+		return nil
+	}
+	if err := unix.Mount(inMemoryBootID, kernelBootID, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mounting the boot id: %w", err)
+	}
+	return nil
+}
