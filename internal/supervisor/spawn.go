@@ -261,8 +261,9 @@ func (c *closers) keep(f *os.File) {
 	}
 }
 
-func (c closers) closeAll() {
-	for _, f := range c {
+// closeAll has a pointer so that one who defers it means those to come, too.
+func (c *closers) closeAll() {
+	for _, f := range *c {
 		f.Close()
 	}
 }
