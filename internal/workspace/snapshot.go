@@ -98,17 +98,16 @@ func (m *Manager) seedFromGuest(ctx context.Context, client *guestclient.Client)
 	if err != nil {
 		return "", err
 	}
-	f, err := os.CreateTemp(m.state.Path(), "spool-*.tar")
+	f, err := m.namelessFile()
 	if err != nil {
 		return "", err
 	}
-	defer os.Remove(f.Name())
 	defer f.Close()
 	if _, err := client.ExportArchive(ctx, api.WorkspacePath, f); err != nil {
 		return "", err
 	}
 	failpoint.Hit("snapshot/spooled")
-	sd, err := seeds.Build(ctx, seed.Source{Path: f.Name()}, nil)
+	sd, err := seeds.Build(ctx, seed.Source{Path: fmt.Sprintf("/proc/self/fd/%d", f.Fd())}, nil)
 	if err != nil {
 		return "", fmt.Errorf("keeping the workspace's files: %w", err)
 	}

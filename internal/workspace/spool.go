@@ -11,6 +11,8 @@ import (
 	"iter"
 	"os"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/manifest"
@@ -35,12 +37,8 @@ const maxSpool = 16 << 30
 // fetchFiles gets the entries at paths, relative to /workspace, from the guest.
 // What is not there is left out.
 func (m *Manager) fetchFiles(ctx context.Context, client *guestclient.Client, paths iter.Seq[string]) (_ *spool, err error) {
-	f, err := os.CreateTemp(m.state.Path(), "spool-")
+	f, err := m.namelessFile()
 	if err != nil {
-		return nil, err
-	}
-	if err := os.Remove(f.Name()); err != nil {
-		f.Close()
 		return nil, err
 	}
 	s := &spool{f: f, entries: map[string]spooled{}}
@@ -65,6 +63,24 @@ func (m *Manager) fetchFiles(ctx context.Context, client *guestclient.Client, pa
 		return nil, fmt.Errorf("reading files of the guest: %w", readErr)
 	}
 	return s, nil
+}
+
+// namelessFile makes a file in the state directory that has no name there and so
+// goes with this process, however that ends.
+func (m *Manager) namelessFile() (*os.File, error) {
+	f, err := os.OpenFile(m.state.Path(), os.O_RDWR|unix.O_TMPFILE, 0o600)
+	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) {
+		return f, err
+	}
+	// A file system that cannot; open(2) of Linux names both errors.
+	if f, err = os.CreateTemp(m.state.Path(), "spool-"); err != nil {
+		return nil, err
+	}
+	if err := os.Remove(f.Name()); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 func isClosedPipe(err error) bool { return errors.Is(err, io.ErrClosedPipe) }
