@@ -170,6 +170,9 @@ func (m *Manager) Logs(ctx context.Context, ref string, q api.LogsQuery) (*api.W
 	if err != nil {
 		return nil, err
 	}
+	if err := m.interruptCommands(ctx, ws.WorkspaceID); err != nil {
+		return nil, err
+	}
 	query := store.CommandQuery{Sequence: q.Sequence, Limit: maxLogEntries, NewestFirst: true}
 	if q.Tail > 0 {
 		query.Limit = int(min(q.Tail, maxLogEntries))

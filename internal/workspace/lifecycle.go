@@ -75,6 +75,11 @@ func (m *Manager) StartWorkspace(ctx context.Context, ref string, progress func(
 	}
 	defer h.release()
 	if h.State == api.StateStarted {
+		if err := h.awaitEnd(ctx); err != nil {
+			return nil, fmt.Errorf("starting workspace %s: %w", label(h.Workspace), err)
+		}
+	}
+	if h.State == api.StateStarted {
 		return &h.Workspace.Workspace, nil
 	}
 	if h.State != api.StateStopped {
@@ -84,6 +89,24 @@ func (m *Manager) StartWorkspace(ctx context.Context, ref string, progress func(
 		return nil, fmt.Errorf("starting workspace %s: %w", label(h.Workspace), err)
 	}
 	return &h.Workspace.Workspace, nil
+}
+
+// awaitEnd lets a machine that is just ending end, as after a stop whose caller
+// did not wait. One that goes on running is left alone.
+func (h *held) awaitEnd(ctx context.Context) error {
+	status, err := supervisor.NewClient(h.machine()).Status(ctx)
+	if err == nil && status.Exited == "" {
+		return nil
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return api.WithHint(fmt.Errorf("it runs, but %w", err), "pyro workspace stop %s", refOf(h.Workspace))
+	}
+	end, cancel := context.WithTimeout(ctx, stopLimit)
+	defer cancel()
+	if err := supervisor.WaitGone(end, h.machine()); err != nil {
+		return err
+	}
+	return h.settle(ctx)
 }
 
 func (h *held) start(ctx context.Context, progress func(api.Progress)) (err error) {

@@ -169,7 +169,7 @@ func (h *held) settle(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := h.interruptCommands(ctx, alive); err != nil {
+	if err := h.m.interruptCommands(ctx, h.WorkspaceID); err != nil {
 		return err
 	}
 	kind, why := eventMachineEnded, ""
@@ -258,12 +258,12 @@ func (h *held) settleLayer(ctx context.Context, alive bool) (adopted bool, err e
 }
 
 // interruptCommands closes the journal's entries whose pyro is gone.
-func (h *held) interruptCommands(ctx context.Context, alive bool) error {
-	st, err := h.m.store(ctx)
+func (m *Manager) interruptCommands(ctx context.Context, id string) error {
+	st, err := m.store(ctx)
 	if err != nil {
 		return err
 	}
-	open, err := st.RunningCommands(ctx, h.WorkspaceID)
+	open, err := st.RunningCommands(ctx, id)
 	if err != nil {
 		return err
 	}
@@ -271,7 +271,8 @@ func (h *held) interruptCommands(ctx context.Context, alive bool) error {
 		if c.Owner.Alive() {
 			continue // it will hear from its connection
 		}
-		if err := st.FinishCommand(ctx, h.WorkspaceID, c.Sequence, store.CommandResult{State: api.CommandInterrupted, EndedAt: time.Now().UTC()}); err != nil {
+		err := st.FinishCommand(ctx, id, c.Sequence, store.CommandResult{State: api.CommandInterrupted, EndedAt: time.Now().UTC()})
+		if err != nil && !errors.Is(err, api.ErrNotFound) {
 			return err
 		}
 	}
