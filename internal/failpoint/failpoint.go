@@ -5,3 +5,8 @@
 // in all others [Hit] is empty, and the compiler leaves nothing of it. A
 // failpoint is called OPERATION/STEP, after the step that has just been done.
 package failpoint
+
+// Variable is the environment variable that arms one failpoint: NAME kills the
+// process that comes there, as kill -9 does; NAME=stop halts it as SIGSTOP does,
+// until somebody sends SIGCONT.
+const Variable = "PYRO_FAILPOINT"

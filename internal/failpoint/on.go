@@ -9,11 +9,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Variable is the environment variable that arms one failpoint: NAME kills the
-// process that comes there, as kill -9 does; NAME=stop halts it as SIGSTOP does,
-// until somebody sends SIGCONT.
-const Variable = "PYRO_FAILPOINT"
-
 // Hit is where the failpoint of that name is.
 func Hit(name string) {
 	armed, action, _ := strings.Cut(os.Getenv(Variable), "=")

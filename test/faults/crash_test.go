@@ -1,0 +1,391 @@
+package faults_test
+
+import (
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
+)
+
+// A crash is an operation that is cut off at each of its failpoints.
+type crash struct {
+	// points are the operations, by the first half of the failpoints' names.
+	points []string
+	// supervised says that the failpoint is in the supervisor, which inherits
+	// it from the command that starts the workspace.
+	supervised bool
+	// unmade says that the workspace does not exist before.
+	unmade bool
+	// prepare brings the workspace "w", which has been created, to where args
+	// can run.
+	prepare func(l *lab)
+	// args is the command that is killed.
+	args func(l *lab) []string
+	// after sees what has become of the workspace, with whether the files are
+	// to be those of before ("kept" holds what was acknowledged).
+	after func(l *lab)
+}
+
+// crashes are all operations of workspaces that take more than one step.
+var crashes = map[string]crash{
+	"create": {
+		points: []string{"create", "spawn"}, unmade: true,
+		args: func(l *lab) []string { return l.createArgs("w") },
+	},
+	"create supervisor": {
+		points: []string{"supervise"}, unmade: true, supervised: true,
+		args: func(l *lab) []string { return l.createArgs("w") },
+	},
+	"start": {
+		points:  []string{"start", "spawn"},
+		prepare: func(l *lab) { l.ok("workspace", "stop", "w") },
+		args:    func(*lab) []string { return []string{"workspace", "start", "w"} },
+		after:   kept,
+	},
+	"start supervisor": {
+		points: []string{"supervise"}, supervised: true,
+		prepare: func(l *lab) { l.ok("workspace", "stop", "w") },
+		args:    func(*lab) []string { return []string{"workspace", "start", "w"} },
+		after:   kept,
+	},
+	"stop": {
+		points: []string{"stop"},
+		args:   func(*lab) []string { return []string{"workspace", "stop", "w"} },
+		after:  kept,
+	},
+	"stop supervisor": {
+		points: []string{"supervise-end"}, supervised: true,
+		args:  func(*lab) []string { return []string{"workspace", "stop", "w"} },
+		after: kept,
+	},
+	"delete": {
+		points: []string{"delete"},
+		args:   func(*lab) []string { return []string{"workspace", "delete", "w"} },
+		after: func(l *lab) {
+			if ws := l.status("w"); ws != nil {
+				l.Errorf("a deletion that had begun was taken back: %+v", ws)
+			}
+		},
+	},
+	"reset": {
+		points:  []string{"reset", "spawn"},
+		prepare: func(l *lab) { l.exec("w", "echo edited > seeded") },
+		args:    func(*lab) []string { return []string{"workspace", "reset", "w"} },
+		after:   keptOrReset,
+	},
+	"reset supervisor": {
+		points: []string{"supervise"}, supervised: true,
+		prepare: func(l *lab) { l.exec("w", "echo edited > seeded") },
+		args:    func(*lab) []string { return []string{"workspace", "reset", "w"} },
+		after:   keptOrReset,
+	},
+	"snapshot": {
+		points:  []string{"snapshot"},
+		prepare: firstSnapshot,
+		args:    func(*lab) []string { return []string{"workspace", "snapshot", "create", "w", "second"} },
+		after:   snapshotsWork,
+	},
+	"snapshot supervisor": {
+		points: []string{"supervise-snapshot"}, supervised: true,
+		prepare: firstSnapshot,
+		args:    func(*lab) []string { return []string{"workspace", "snapshot", "create", "w", "second"} },
+		after:   snapshotsWork,
+	},
+	"snapshot of a stopped workspace": {
+		points:  []string{"snapshot-stopped"},
+		prepare: func(l *lab) { firstSnapshot(l); l.ok("workspace", "stop", "w") },
+		args:    func(*lab) []string { return []string{"workspace", "snapshot", "create", "w", "second"} },
+		after:   snapshotsWork,
+	},
+	"snapshot delete": {
+		points: []string{"snapshot-delete", "compact"},
+		prepare: func(l *lab) {
+			firstSnapshot(l)
+			l.ok("workspace", "snapshot", "create", "w", "second")
+			l.exec("w", "echo later > later; sync")
+			l.ok("workspace", "stop", "w")
+		},
+		args: func(*lab) []string { return []string{"workspace", "snapshot", "delete", "w", "second"} },
+		after: func(l *lab) {
+			mustStart(l)
+			if got := l.exec("w", "cat later"); got != "later\n" {
+				l.Errorf("what stood on the deleted snapshot holds %q", got)
+			}
+			snapshotsWork(l)
+		},
+	},
+	"export": {
+		points: []string{"export"},
+		args: func(l *lab) []string {
+			return []string{"workspace", "export", "w", "/workspace", "--output", filepath.Join(l.dir, "out")}
+		},
+		after: func(l *lab) {
+			defer os.RemoveAll(filepath.Join(l.dir, "out"))
+			if _, err := os.Lstat(filepath.Join(l.dir, "out")); err == nil {
+				if b, err := os.ReadFile(filepath.Join(l.dir, "out", "kept")); string(b) != "acknowledged\n" {
+					l.Errorf("half an export appeared at its output: %q, %v", b, err)
+				}
+			}
+			kept(l)
+		},
+	},
+	"sync": {
+		points: []string{"sync"},
+		args: func(l *lab) []string {
+			return []string{"workspace", "sync", "push", "w", filepath.Join(l.dir, "seed"), "--dest", "/workspace/pushed"}
+		},
+		after: kept,
+	},
+	"patch": {
+		points:  []string{"patch"},
+		prepare: func(l *lab) { writePatch(l) },
+		args: func(l *lab) []string {
+			return []string{"workspace", "patch", "apply", "w", "--patch-file", filepath.Join(l.dir, "patch")}
+		},
+		after: func(l *lab) {
+			kept(l)
+			if got := l.exec("w", "cat seeded; cat added 2>/dev/null || true"); got != "from the seed\n" && got != "patched\nnew\n" {
+				l.Errorf("half a patch was applied: %q", got)
+			}
+		},
+	},
+	"exec": {
+		points: []string{"exec"},
+		args:   func(*lab) []string { return []string{"workspace", "exec", "w", "--", "echo output"} },
+		after: func(l *lab) {
+			kept(l)
+			var logs api.WorkspaceLogs
+			l.json(&logs, "workspace", "logs", "w", "--json")
+			for _, e := range logs.Entries {
+				if e.State == api.CommandRunning {
+					l.Errorf("a command whose caller was killed is said to run: %+v", e)
+				}
+			}
+		},
+	},
+	"expire": {
+		points: []string{"expire"},
+		prepare: func(l *lab) {
+			l.ok("workspace", "stop", "w")
+			l.ok("workspace", "update", "w", "--ttl-seconds", "1")
+			shiftExpiry(l, "w", -2)
+		},
+		args: func(*lab) []string { return []string{"workspace", "list"} },
+		after: func(l *lab) {
+			if ws := l.status("w"); ws != nil {
+				l.Errorf("an expired workspace is still there: %+v", ws)
+			}
+		},
+	},
+	"prune": {
+		points: []string{"prune"},
+		prepare: func(l *lab) {
+			// Something to do: a workspace that never came to be.
+			l.runEnv([]string{"PYRO_FAILPOINT=create/described"}, l.createArgs("never")...)
+		},
+		args:  func(*lab) []string { return []string{"workspace", "prune"} },
+		after: kept,
+	},
+}
+
+// elsewhere names failpoints that an engine never reaches, and why.
+var elsewhere = map[string][]string{
+	// No second layer under a directory, and nobody looks into one that is stopped.
+	"host": {"snapshot-stopped/switched", "compact/merged", "compact/dropped"},
+	// The seed is a layer, or a snapshot needs no copy of the files.
+	"gvisor": {"snapshot/spooled"},
+	"qemu":   {"snapshot/spooled"},
+}
+
+// costly are the engines on which a boot takes seconds: they go through the
+// operations that change disks, the only ones that they do in another way.
+var costly = map[string]string{"qemu": "^(snapshot|supervise-snapshot|compact|snapshot-stopped|reset|stop)/"}
+
+func TestCrash(t *testing.T) {
+	points := failpoints(t)
+	for name, c := range crashes {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := newLab(t)
+			for _, point := range points {
+				if op, _, _ := strings.Cut(point, "/"); !slices.Contains(c.points, op) || slices.Contains(elsewhere[engineName()], point) {
+					continue
+				}
+				if pattern := costly[engineName()]; pattern != "" && !regexp.MustCompile(pattern).MatchString(point) {
+					continue
+				}
+				ok := t.Run(strings.ReplaceAll(point, "/", "-"), func(t *testing.T) {
+					here := *l
+					here.T = t
+					here.crash(c, point)
+				})
+				if !ok {
+					return // what it left disturbs the next ones
+				}
+			}
+		})
+	}
+}
+
+func (l *lab) crash(c crash, point string) {
+	armed := []string{failpoint.Variable + "=" + point}
+	// A supervisor that is to die at its end is armed when it begins.
+	fromBirth := c.supervised && !strings.HasPrefix(point, "supervise/")
+	if !c.unmade {
+		l.create("w")
+		l.exec("w", "echo acknowledged > kept; sync")
+		if c.prepare != nil {
+			c.prepare(l)
+		}
+		if fromBirth {
+			l.ok("workspace", "stop", "w")
+			if res := l.runEnv(armed, "workspace", "start", "w"); res.code != 0 {
+				l.Fatal(res)
+			}
+		}
+	}
+	if fromBirth {
+		armed = nil
+	}
+	res := l.runEnv(armed, c.args(l)...)
+	if !c.supervised && res.signal != syscall.SIGKILL {
+		l.Fatalf("failpoint %s was never reached: %s", point, res)
+	}
+	if c.supervised && point != "supervise/reported" && res.code == 0 && !strings.HasPrefix(point, "supervise-end/") {
+		l.Fatalf("failpoint %s was never reached: %s", point, res)
+	}
+	l.check()
+	if c.unmade {
+		if ws := l.status("w"); ws == nil {
+			l.create("w") // the name is free
+		}
+		mustStart(l)
+		l.exec("w", "echo acknowledged > kept; sync")
+		kept(l)
+	}
+	if c.after != nil {
+		c.after(l)
+	}
+	l.check()
+	l.run("workspace", "delete", "w")
+	if res := l.run("workspace", "delete", "w"); res.code != exitNotFound {
+		l.Errorf("deleting it once more: %s", res)
+	}
+	l.check()
+}
+
+// mustStart starts the workspace, if it does not run.
+func mustStart(l *lab) {
+	l.Helper()
+	l.ok("workspace", "start", "w", "--quiet")
+}
+
+// kept checks what was acknowledged before the fault.
+func kept(l *lab) {
+	l.Helper()
+	mustStart(l)
+	if got := l.exec("w", "cat kept"); got != "acknowledged\n" {
+		l.Errorf("an acknowledged file holds %q", got)
+	}
+}
+
+// keptOrReset checks that a reset was done or not, and nothing between.
+func keptOrReset(l *lab) {
+	l.Helper()
+	mustStart(l)
+	got := l.exec("w", "cat kept seeded 2>&1 | head -c 100; ls sub")
+	if got != "acknowledged\nedited\nother\n" && !strings.HasSuffix(got, "kept: No such file or directory\nfrom the seed\nother\n") {
+		l.Errorf("a reset that was cut off left %q", got)
+	}
+	l.ok("workspace", "reset", "w")
+	if got := l.exec("w", "ls; cat seeded"); got != "seeded\nsub\nfrom the seed\n" {
+		l.Errorf("a reset after it left %q", got)
+	}
+}
+
+func firstSnapshot(l *lab) {
+	l.ok("workspace", "snapshot", "create", "w", "first")
+	l.exec("w", "echo more >> kept; sync")
+}
+
+// snapshotsWork checks the workspace's files and every snapshot that is listed.
+func snapshotsWork(l *lab) {
+	l.Helper()
+	mustStart(l)
+	if got := l.exec("w", "cat kept"); got != "acknowledged\nmore\n" {
+		l.Errorf("an acknowledged file holds %q", got)
+	}
+	var list struct{ Snapshots []api.Snapshot }
+	l.json(&list, "workspace", "snapshot", "list", "w", "--json")
+	want := map[string]string{"first": "acknowledged\n", "second": "acknowledged\nmore\n"}
+	var names []string
+	for _, s := range list.Snapshots {
+		names = append(names, s.SnapshotName)
+		content, ok := want[s.SnapshotName]
+		if !ok {
+			continue
+		}
+		l.ok("workspace", "reset", "w", "--snapshot", s.SnapshotName)
+		if got := l.exec("w", "cat kept"); got != content {
+			l.Errorf("snapshot %s holds %q, want %q", s.SnapshotName, got, content)
+		}
+	}
+	if !slices.Contains(names, "first") || !slices.Contains(names, api.BaselineSnapshot) {
+		l.Errorf("snapshots %q; an acknowledged one is missing", names)
+	}
+	if !slices.Contains(names, "second") {
+		l.ok("workspace", "snapshot", "create", "w", "second")
+	}
+}
+
+func writePatch(l *lab) {
+	text := "--- a/seeded\n+++ b/seeded\n@@ -1 +1 @@\n-from the seed\n+patched\n--- /dev/null\n+++ b/added\n@@ -0,0 +1 @@\n+new\n"
+	if err := os.WriteFile(filepath.Join(l.dir, "patch"), []byte(text), 0o600); err != nil {
+		l.Fatal(err)
+	}
+}
+
+// failpoints finds the name of every failpoint in the sources, and makes sure
+// that some operation goes there.
+func failpoints(t *testing.T) []string {
+	t.Helper()
+	known := map[string]bool{}
+	for _, c := range crashes {
+		for _, p := range c.points {
+			known[p] = true
+		}
+	}
+	hit := regexp.MustCompile(`failpoint\.Hit\("([a-z-]+)/([a-z-]+)"\)`)
+	var points []string
+	err := filepath.WalkDir("../../internal", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		for _, m := range hit.FindAllStringSubmatch(string(b), -1) {
+			point := m[1] + "/" + m[2]
+			if !known[m[1]] {
+				t.Errorf("%s: no operation of this test comes to failpoint %s", path, point)
+			}
+			if slices.Contains(points, point) {
+				t.Errorf("%s: a second failpoint %s", path, point)
+			}
+			points = append(points, point)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(points) < 40 {
+		t.Fatalf("only %d failpoints found", len(points))
+	}
+	return points
+}
