@@ -306,6 +306,14 @@ func (s *supervisor) boot(ctx context.Context, eng engine.Engine, notes []string
 	s.mu.Unlock()
 	s.writeRecord(m)
 	failpoint.Hit("supervise/recorded")
+	if b, ok := m.(engine.Beginner); ok {
+		if warm, note := b.Began(); note != "" || warm {
+			s.log.Info("began", "warm", warm, "note", note)
+			if note != "" {
+				notes = append(notes, note)
+			}
+		}
+	}
 	hello, err := s.firstAnswer(ctx, m, caps)
 	failpoint.Hit("supervise/answered")
 	if err != nil {

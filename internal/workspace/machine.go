@@ -3,6 +3,7 @@ package workspace
 import (
 	"context"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -80,6 +81,7 @@ func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req mach
 	spec := engine.MachineSpec{
 		ID: req.ID, Dir: dir.EngineDir(), AgentPath: agent, Hostname: "pyro-" + req.ID, Ephemeral: req.Ephemeral,
 		VCPUCount: req.VCPUCount, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB, Disk: req.Disk, Layers: req.Layers,
+		Templates: m.templatesDir(),
 	}
 	image, kernel, err := m.fetch(ctx, c.Capabilities, req)
 	if err != nil {
@@ -113,6 +115,15 @@ func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req mach
 			NoteFile: m.state.AcceleratorFile(), TTL: req.TTL, Leased: true, Ephemeral: req.Ephemeral, Network: req.Network,
 		},
 	})
+}
+
+// templatesDir is where engines keep templates of booted guests; "" where
+// PYRO_WARM=off forbids them.
+func (m *Manager) templatesDir() string {
+	if os.Getenv("PYRO_WARM") == "off" {
+		return ""
+	}
+	return filepath.Join(m.cacheDir, "templates")
 }
 
 // checkSpace refuses to begin where the state directory has less than need left.

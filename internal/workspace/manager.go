@@ -182,10 +182,25 @@ func (m *Manager) Prune(ctx context.Context, all bool) (api.PruneResult, error) 
 	if err != nil {
 		return api.PruneResult{}, err
 	}
-	return api.PruneResult{
+	res := api.PruneResult{
 		Removed:    append(images.Removed, kernels.Removed...),
 		FreedBytes: images.FreedBytes + kernels.FreedBytes,
-	}, nil
+	}
+	for _, e := range m.engines {
+		w, ok := e.(engine.Warmer)
+		if !ok {
+			continue
+		}
+		freed, err := w.PruneTemplates(ctx, filepath.Join(m.cacheDir, "templates"), all)
+		if err != nil {
+			return res, err
+		}
+		if freed > 0 {
+			res.Removed = append(res.Removed, "templates of "+e.Name())
+			res.FreedBytes += freed
+		}
+	}
+	return res, nil
 }
 
 // reap clears up after processes that were killed. What it cannot clear up now
