@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"iter"
 	"os"
+	"path"
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -18,23 +19,44 @@ import (
 // its header, so that one which shrinks meanwhile is written as it is.
 const wholeFile = 256 << 10
 
-// WriteList writes the entries that names yields, which are local to root, as a
-// tar to w, in their order and under their names. A directory is one entry
-// without its content; links are kept as links, owners are dropped. What is not
-// there, is neither a file, a directory nor a link, or cannot be read is left
-// out and counted as skipped.
+// WriteList writes the entries that names yields, which are local, as a tar to w,
+// in their order and under their names. A directory is one entry without its
+// content; links are kept as links, owners are dropped. What is not there, is
+// neither a file, a directory nor a link, or cannot be read is left out and
+// counted as skipped.
+//
+// The directory that an entry lies in is what open returns for its path, which
+// is as clean as the name, "." for none. WriteList closes it, and asks again
+// only where the next entry lies elsewhere. [os.Root.OpenRoot] is such a function.
 //
 // A file that grows meanwhile is cut at the size it had; a large one that
 // shrinks is ErrBusy.
-func WriteList(ctx context.Context, root *os.Root, names iter.Seq[string], w io.Writer, limits Limits) (Result, error) {
-	p := &packer{ctx: ctx, root: root, limits: limits.withDefaults(), w: w}
+func WriteList(ctx context.Context, open func(dir string) (*os.Root, error), names iter.Seq[string], w io.Writer, limits Limits) (Result, error) {
+	p := &packer{ctx: ctx, limits: limits.withDefaults(), w: w}
 	p.tw = tar.NewWriter(w)
+	last := "" // the directory that p.root is, if any
+	defer func() {
+		if p.root != nil {
+			_ = p.root.Close()
+		}
+	}()
 	for name := range names {
 		if err := ctx.Err(); err != nil {
 			return p.result, err
 		}
 		if p.result.Entries+p.result.SkippedCount >= p.limits.Entries {
 			return p.result, p.tooMany()
+		}
+		if dir := path.Dir(name); p.root == nil || dir != last {
+			root, err := open(dir)
+			if err != nil {
+				p.result.skip(name, "not there")
+				continue
+			}
+			if p.root != nil {
+				_ = p.root.Close()
+			}
+			p.root, last = root, dir
 		}
 		if err := p.listed(name); err != nil {
 			return p.result, err
@@ -43,9 +65,10 @@ func WriteList(ctx context.Context, root *os.Root, names iter.Seq[string], w io.
 	return p.result, p.tw.Close()
 }
 
-// listed writes one entry of a list.
+// listed writes one entry of a list, which lies in p.root.
 func (p *packer) listed(name string) error {
-	fi, err := p.root.Lstat(name)
+	base := path.Base(name)
+	fi, err := p.root.Lstat(base)
 	if err != nil {
 		p.result.skip(name, "not there")
 		return nil
@@ -54,7 +77,7 @@ func (p *packer) listed(name string) error {
 	var content io.Reader = bytes.NewReader(nil)
 	switch fi.Mode().Type() {
 	case 0:
-		f, err := openFile(p.root, name)
+		f, err := openFile(p.root, base)
 		if err != nil {
 			p.result.skip(name, "not readable")
 			return nil
@@ -68,7 +91,7 @@ func (p *packer) listed(name string) error {
 	case fs.ModeDir:
 		hdr.Typeflag, hdr.Name = tar.TypeDir, name+"/"
 	case fs.ModeSymlink:
-		target, err := p.root.Readlink(name)
+		target, err := p.root.Readlink(base)
 		if err != nil {
 			p.result.skip(name, "not readable")
 			return nil

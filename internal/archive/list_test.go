@@ -27,7 +27,7 @@ func listed(t *testing.T, dir string, limits archive.Limits, names ...string) ([
 	}
 	defer root.Close()
 	var out bytes.Buffer
-	r, err := archive.WriteList(context.Background(), root, slices.Values(names), &out, limits)
+	r, err := archive.WriteList(context.Background(), root.OpenRoot, slices.Values(names), &out, limits)
 	if err != nil {
 		return nil, r, err
 	}

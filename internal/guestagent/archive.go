@@ -62,6 +62,40 @@ func (s *Server) openDir(p string, create bool) (*os.Root, error) {
 	return top.OpenRoot(filepath.FromSlash(rel))
 }
 
+// openTarget opens dir, which an archive is packed from or unpacked into because
+// somebody asked for p. Within the workspace it is held to what the file tools
+// are held to; elsewhere it is wherever the guest's links lead.
+func (s *Server) openTarget(p, dir string, create bool) (*os.Root, error) {
+	if dir != defaultCwd && !strings.HasPrefix(dir, defaultCwd+"/") {
+		root, err := s.openDir(dir, create)
+		if err != nil {
+			return nil, pathError(p, err)
+		}
+		return root, nil
+	}
+	at, err := s.openPlace(guestproto.Path(dir))
+	if err != nil {
+		return nil, err
+	}
+	defer at.close()
+	at.abs = guestproto.Path(p)
+	var d *directory
+	if create {
+		d, err = at.makeDirectory(at.rel)
+	} else {
+		d, err = at.openDirectory()
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer d.release()
+	root, err := d.openRoot(".")
+	if err != nil {
+		return nil, fileError(at.abs, err)
+	}
+	return root, nil
+}
+
 // pathError classes what opening a guest path met.
 func pathError(p string, err error) error {
 	var pe *fs.PathError
@@ -97,9 +131,9 @@ func (q *request) extract(ctx context.Context, line []byte) error {
 	if err != nil {
 		return err
 	}
-	root, err := q.server.openDir(dest, true)
+	root, err := q.server.openTarget(dest, dest, true)
 	if err != nil {
-		return fmt.Errorf("opening the destination: %w", pathError(dest, err))
+		return fmt.Errorf("opening the destination: %w", err)
 	}
 	defer root.Close()
 	var src io.Reader = &exactReader{r: q.r, left: req.ArchiveSize}
@@ -180,9 +214,9 @@ func (q *request) export(ctx context.Context, line []byte) error {
 	if p == "/" {
 		name = "."
 	}
-	root, err := q.server.openDir(path.Clean(dir), false)
+	root, err := q.server.openTarget(p, path.Clean(dir), false)
 	if err != nil {
-		return fmt.Errorf("opening what to pack: %w", pathError(p, err))
+		return fmt.Errorf("opening what to pack: %w", err)
 	}
 	defer root.Close()
 	kind, err := archive.Kind(root, name)

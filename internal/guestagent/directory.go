@@ -20,8 +20,14 @@ type directory struct {
 	refs atomic.Int32
 }
 
-// openDirectory opens the directory that f is; f stays the caller's.
-func openDirectory(f *os.File) (*directory, error) {
+// directoryOf opens a directory in root, which stays the caller's. The name must
+// be one of the guest agent's own.
+func directoryOf(root *os.Root, name string) (*directory, error) {
+	f, err := root.OpenFile(name, os.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
 	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
 	if err != nil {
 		return nil, err
@@ -37,8 +43,14 @@ func newDirectory(fd int) *directory {
 
 // sub opens a directory in d, and no link to one.
 func (d *directory) sub(name string) (*directory, error) {
-	fd, err := openAt(d.fd, name, unix.O_RDONLY|unix.O_DIRECTORY)
+	// Twice, because gVisor takes O_DIRECTORY for leave to follow a link; see
+	// beneath.go. The first looks and opens nothing that would notice.
+	fd, err := openAt(d.fd, name, unix.O_PATH|unix.O_DIRECTORY)
 	if err != nil {
+		return nil, err
+	}
+	_ = unix.Close(fd)
+	if fd, err = openAt(d.fd, name, unix.O_RDONLY|unix.O_NONBLOCK); err != nil {
 		return nil, err
 	}
 	return newDirectory(fd), nil

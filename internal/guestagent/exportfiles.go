@@ -25,11 +25,11 @@ func (q *request) exportFiles(ctx context.Context, line []byte) error {
 		return err
 	}
 	defer p.close()
-	root, err := p.workspace.OpenRoot(p.rel)
+	top, err := p.openDirectory()
 	if err != nil {
-		return fmt.Errorf("packing files: %w", fileError(p.abs, err))
+		return fmt.Errorf("packing files: %w", err)
 	}
-	defer root.Close()
+	defer top.release()
 	list, err := readList(&dataReader{fr: guestproto.NewFrameReader(q.r)})
 	if err != nil {
 		return fmt.Errorf("packing files: reading their list: %w", err)
@@ -43,7 +43,7 @@ func (q *request) exportFiles(ctx context.Context, line []byte) error {
 			}
 		}
 	}
-	res, err := archive.WriteList(ctx, root, names, w, archive.Limits{Entries: guestproto.MaxFileEntries})
+	res, err := archive.WriteList(ctx, top.openRoot, names, w, archive.Limits{Entries: guestproto.MaxFileEntries})
 	hungUp := ctx.Err() != nil
 	unheed()
 	if hungUp || w.failed {

@@ -56,26 +56,21 @@ type listing struct {
 }
 
 func (l *listing) place(p *place) error {
-	fi, err := p.workspace.Lstat(p.rel)
+	at, err := p.workspace.beneath(p.rel, false)
 	if err != nil {
 		return fileError(p.abs, err)
 	}
-	if !fi.IsDir() {
-		dir, base := dirOf(p.rel)
-		parent, err := (&place{abs: p.abs, workspace: p.workspace, rel: dir}).openDirectory()
-		if err != nil {
-			return err
-		}
-		defer parent.release()
-		st, err := parent.stat(base)
-		if err != nil {
-			return fileError(p.abs, err)
-		}
-		return l.entry(parent, dirent{base, st.Mode & unix.S_IFMT}, p.abs)
-	}
-	d, err := p.openDirectory()
+	defer at.release()
+	st, err := at.dir.stat(at.base)
 	if err != nil {
-		return err
+		return fileError(p.abs, err)
+	}
+	if kind := st.Mode & unix.S_IFMT; kind != unix.S_IFDIR {
+		return l.entry(at.dir, dirent{at.base, kind}, p.abs)
+	}
+	d, err := at.dir.sub(at.base)
+	if err != nil {
+		return fileError(p.abs, err)
 	}
 	defer d.release()
 	entries, err := d.entries()
@@ -240,20 +235,26 @@ func (q *request) readFile(ctx context.Context, line []byte) error {
 // openRegular opens a regular file for reading. A link that stays in the
 // workspace is followed.
 func (p *place) openRegular() (*os.File, int64, error) {
-	// A device may do something when it is opened: look first.
-	fi, err := p.workspace.Stat(p.rel)
+	at, err := p.workspace.beneath(p.rel, true)
 	if err != nil {
 		return nil, 0, fileError(p.abs, err)
 	}
-	if !fi.Mode().IsRegular() {
-		return nil, 0, notRegular(p.abs, fi.Mode())
+	defer at.release()
+	// A device may do something when it is opened: look first.
+	st, err := at.dir.stat(at.base)
+	if err != nil {
+		return nil, 0, fileError(p.abs, err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, 0, notRegular(p.abs, fileMode(st.Mode))
 	}
 	// A FIFO that has taken its place must not be waited for.
-	f, err := p.workspace.OpenFile(p.rel, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	fd, err := openAt(at.dir.fd, at.base, unix.O_RDONLY|unix.O_NONBLOCK)
 	if err != nil {
 		return nil, 0, fileError(p.abs, err)
 	}
-	fi, err = f.Stat()
+	f := os.NewFile(uintptr(fd), at.base)
+	fi, err := f.Stat()
 	if err == nil && !fi.Mode().IsRegular() {
 		err = notRegular(p.abs, fi.Mode())
 	}
@@ -300,13 +301,7 @@ func (s *Server) writeFile(ctx context.Context, p *place, mode os.FileMode, cont
 	if isStageName(base) && dir == "." {
 		return reply, api.Errorf(api.ErrDenied, "%q is the guest agent's own name", p.abs)
 	}
-	if err := p.workspace.MkdirAll(dir, 0o755); err != nil {
-		if errors.Is(err, os.ErrExist) {
-			err = unix.ENOTDIR // a file on the way
-		}
-		return reply, fileError(p.abs, err)
-	}
-	parent, err := (&place{abs: p.abs, workspace: p.workspace, rel: dir}).openDirectory()
+	parent, err := p.makeDirectory(dir)
 	if err != nil {
 		return reply, err
 	}

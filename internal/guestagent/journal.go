@@ -109,12 +109,7 @@ func recoverStages(root string, logger *slog.Logger) {
 
 // stagesIn returns the names of this user's stages in a directory.
 func stagesIn(top *os.Root, dir string) ([]string, error) {
-	f, err := top.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	d, err := openDirectory(f)
+	d, err := directoryOf(top, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -167,11 +162,11 @@ func (w *switcher) recover(top *os.Root, logger *slog.Logger) error {
 		return api.Errorf(api.ErrDamaged, "the journal is no regular file")
 	}
 	w.log = readJournal(f)
-	workspace, err := top.OpenRoot(defaultCwd[1:])
+	workspace, err := directoryOf(top, defaultCwd[1:])
 	if err != nil {
 		return err
 	}
-	defer workspace.Close()
+	defer workspace.release()
 	if err := w.open(workspace); err != nil {
 		return err
 	}

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"hash"
-	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -65,20 +64,6 @@ func (q *request) manifest(ctx context.Context, line []byte) error {
 		return err
 	}
 	return q.reply(result)
-}
-
-// openDirectory opens the place, which must be a directory.
-func (p *place) openDirectory() (*directory, error) {
-	f, err := p.workspace.OpenFile(p.rel, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, fileError(p.abs, err)
-	}
-	defer f.Close()
-	d, err := openDirectory(f)
-	if err != nil {
-		return nil, fileError(p.abs, err)
-	}
-	return d, nil
 }
 
 // sendManifest walks top, which it releases, and sends its entries.

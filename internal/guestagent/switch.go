@@ -64,18 +64,20 @@ type switcher struct {
 	beforeStep func() error
 }
 
-// open opens the trees that changes move between.
-func (w *switcher) open(workspace *os.Root) error {
-	var err error
-	if w.workspace, err = openTree(workspace, "."); err != nil {
-		return fileError(defaultCwd, err)
-	}
-	if w.fresh, err = openTree(w.stage.root, stageNew); err != nil {
+// open opens the trees that changes move between. It holds workspace, which
+// stays the caller's.
+func (w *switcher) open(workspace *directory) error {
+	w.workspace = &tree{root: workspace.hold()}
+	fresh, err := directoryOf(w.stage.root, stageNew)
+	if err != nil {
 		return fileError(stageNew, err)
 	}
-	if w.old, err = openTree(w.stage.root, stageOld); err != nil {
+	w.fresh = &tree{root: fresh}
+	old, err := directoryOf(w.stage.root, stageOld)
+	if err != nil {
 		return fileError(stageOld, err)
 	}
+	w.old = &tree{root: old}
 	return nil
 }
 
@@ -355,19 +357,6 @@ type tree struct {
 	root     *directory
 	lastPath string // "" where last is nil
 	last     *directory
-}
-
-func openTree(root *os.Root, dir string) (*tree, error) {
-	f, err := root.OpenFile(dir, os.O_RDONLY|unix.O_DIRECTORY, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	d, err := openDirectory(f)
-	if err != nil {
-		return nil, err
-	}
-	return &tree{root: d}, nil
 }
 
 func (t *tree) close() {

@@ -282,11 +282,11 @@ func recoverStopped(t *testing.T, root string, steps int) {
 	}
 	defer f.Close()
 	w.log = readJournal(f)
-	workspace, err := top.OpenRoot("workspace")
+	workspace, err := directoryOf(top, "workspace")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer workspace.Close()
+	defer workspace.release()
 	if err := w.open(workspace); err != nil {
 		t.Fatal(err)
 	}

@@ -5,11 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path"
-	"path/filepath"
-	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -79,11 +75,15 @@ func (s *Server) sync(ctx context.Context, p *place, req *guestproto.SyncRequest
 // When it returns an error there is no stage.
 func (s *Server) unpack(ctx context.Context, p *place, src io.Reader) (*switcher, guestproto.SyncReply, error) {
 	reply := guestproto.SyncReply{Destination: p.abs}
-	dest, existing, err := p.resolve()
+	real, existing, missing, err := p.resolve(p.rel)
 	if err != nil {
 		return nil, reply, err
 	}
 	defer existing.release()
+	dest := joinPath(real, path.Join(missing...))
+	if len(missing) == 0 {
+		dest = real
+	}
 	st, err := newStage(s.Root, existing)
 	if err != nil {
 		return nil, reply, err
@@ -104,56 +104,6 @@ func (s *Server) unpack(ctx context.Context, p *place, src io.Reader) (*switcher
 	}
 	reply.EntryCount, reply.BytesWritten = res.Entries, res.Bytes
 	return w, reply, nil
-}
-
-// resolve follows the links on the way to a directory that need not exist. It
-// returns its path below the workspace without links, "" for the workspace, and
-// the part of it that exists, for the caller to release.
-func (p *place) resolve() (dest string, existing *directory, err error) {
-	missing := ""
-	for rel := p.rel; ; rel = path.Dir(rel) {
-		f, err := p.workspace.OpenFile(rel, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NONBLOCK, 0)
-		if err == nil {
-			defer f.Close()
-			real, err := p.realPath(f)
-			if err != nil {
-				return "", nil, err
-			}
-			d, err := openDirectory(f)
-			if err != nil {
-				return "", nil, fileError(p.abs, err)
-			}
-			return strings.Trim(path.Join(real, missing), "/"), d, nil
-		}
-		if !errors.Is(err, os.ErrNotExist) || rel == "." {
-			return "", nil, fileError(p.abs, err)
-		}
-		if _, err := p.workspace.Lstat(rel); err == nil {
-			return "", nil, api.Errorf(api.ErrInvalid, "%q leads through a link to nothing", p.abs)
-		}
-		missing = path.Join(path.Base(rel), missing)
-	}
-}
-
-// realPath returns the path of an open directory below the workspace, "" for
-// the workspace itself.
-func (p *place) realPath(f *os.File) (string, error) {
-	top, err := p.workspace.Open(".")
-	if err != nil {
-		return "", fileError(p.abs, err)
-	}
-	defer top.Close()
-	var names [2]string
-	for i, f := range []*os.File{top, f} {
-		if names[i], err = os.Readlink("/proc/self/fd/" + strconv.Itoa(int(f.Fd()))); err != nil {
-			return "", api.Errorf(api.ErrUnavailable, "finding out where %q is: %w", p.abs, err)
-		}
-	}
-	rel, err := filepath.Rel(names[0], names[1])
-	if err != nil || !filepath.IsLocal(rel) {
-		return "", api.Errorf(api.ErrDenied, "%q leaves %s through a link", p.abs, defaultCwd)
-	}
-	return strings.TrimPrefix(rel, "."), nil
 }
 
 // extract unpacks src into the stage, at the destination's place in "new".

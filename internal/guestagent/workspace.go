@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"time"
 
@@ -18,14 +19,14 @@ import (
 // A place is a path that a request of the file tools names.
 type place struct {
 	abs guestproto.Path // in its shortest form
-	// workspace is the directory that everything is resolved in; os.Root lets
-	// no link lead out of it. rel is the path in it, "." for itself.
-	workspace *os.Root
+	// workspace is the directory that everything is looked up beneath. rel is
+	// the path in it, "." for itself.
+	workspace *directory
 	rel       string
 }
 
 // openPlace confines p to the workspace, by its text here and, because of how
-// it is used, through links later. The caller closes the workspace.
+// it is used, through links later. The caller closes the place.
 func (s *Server) openPlace(p guestproto.Path) (*place, error) {
 	abs, err := guestproto.WorkspacePath(p)
 	if err != nil {
@@ -35,14 +36,90 @@ func (s *Server) openPlace(p guestproto.Path) (*place, error) {
 	if err != nil {
 		return nil, fileError(defaultCwd, err)
 	}
+	defer root.Close()
+	workspace, err := directoryOf(root, ".")
+	if err != nil {
+		return nil, fileError(defaultCwd, err)
+	}
 	rel := strings.TrimPrefix(string(abs[len(defaultCwd):]), "/")
 	if rel == "" {
 		rel = "."
 	}
-	return &place{abs: abs, workspace: root, rel: rel}, nil
+	return &place{abs: abs, workspace: workspace, rel: rel}, nil
 }
 
-func (p *place) close() { _ = p.workspace.Close() }
+func (p *place) close() { p.workspace.release() }
+
+// openDirectory opens the place, which must be a directory.
+func (p *place) openDirectory() (*directory, error) {
+	d, err := p.workspace.openDirectory(p.rel)
+	if err != nil {
+		return nil, fileError(p.abs, err)
+	}
+	return d, nil
+}
+
+// resolve finds the part of a path below the workspace that exists, which must
+// be a directory and is for the caller to release. It returns that part's own
+// path without links, "" for the workspace, and the names that are not there.
+func (p *place) resolve(rel string) (real string, existing *directory, missing []string, err error) {
+	for ; ; rel = path.Dir(rel) {
+		real, existing, err = p.existing(rel)
+		if err == nil {
+			slices.Reverse(missing)
+			return real, existing, missing, nil
+		}
+		if !errors.Is(err, os.ErrNotExist) || rel == "." {
+			return "", nil, nil, fileError(p.abs, err)
+		}
+		missing = append(missing, path.Base(rel))
+	}
+}
+
+// existing opens the directory rel. A link to nothing is ErrInvalid.
+func (p *place) existing(rel string) (real string, d *directory, err error) {
+	at, err := p.workspace.beneath(rel, true)
+	if err == nil {
+		defer at.release()
+		d, err = at.dir.sub(at.base)
+	}
+	if err == nil {
+		return at.real(), d, nil
+	}
+	if errors.Is(err, unix.ENOENT) {
+		if at, err := p.workspace.beneath(rel, false); err == nil {
+			defer at.release()
+			if _, err := at.dir.stat(at.base); err == nil {
+				return "", nil, api.Errorf(api.ErrInvalid, "%q leads through a link to nothing", p.abs)
+			}
+		}
+	}
+	return "", nil, err
+}
+
+// makeDirectory opens the directory rel, which it makes if need be.
+func (p *place) makeDirectory(rel string) (*directory, error) {
+	_, d, missing, err := p.resolve(rel)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range missing {
+		if err = again(func() error { return unix.Mkdirat(d.fd, name, 0o755) }); err != nil && !errors.Is(err, unix.EEXIST) {
+			break
+		}
+		var sub *directory
+		if sub, err = d.sub(name); err != nil {
+			break
+		}
+		d.release()
+		d = sub
+	}
+	if err != nil {
+		d.release()
+		return nil, fileError(p.abs, err)
+	}
+	return d, nil
+}
 
 // fileError names p in what the file system says about it, and classes it.
 func fileError(p guestproto.Path, err error) error {
@@ -56,7 +133,7 @@ func fileError(p guestproto.Path, err error) error {
 	}
 	class := api.ErrUnavailable
 	switch {
-	case strings.Contains(err.Error(), "escapes"): // os.Root's unexported error
+	case strings.Contains(err.Error(), "escapes"): // errEscapes, or os.Root's unexported error
 		return api.WithHint(api.Errorf(api.ErrDenied, "%q leaves %s through a link", p, defaultCwd),
 			"file tools follow links only to relative targets in "+defaultCwd)
 	case errors.Is(err, fs.ErrNotExist):
