@@ -14,9 +14,10 @@ import (
 const maxMessageBytes = 8 << 20
 
 // ServeStdio runs one session over in and out and returns when in ends, out
-// fails, or ctx ends. Calls under way are canceled then.
+// fails, or ctx ends. Calls under way are canceled then; at the end of in they
+// have lingerTime to be answered.
 func (s *Server) ServeStdio(ctx context.Context, in io.ReadCloser, out io.WriteCloser) error {
-	return s.serve(ctx, &mcp.IOTransport{Reader: in, Writer: out, MaxLineLength: maxMessageBytes})
+	return s.serve(ctx, lingering{&mcp.IOTransport{Reader: in, Writer: out, MaxLineLength: maxMessageBytes}})
 }
 
 // TakeStdout returns the process's standard output for the protocol alone:
