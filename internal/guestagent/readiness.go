@@ -38,12 +38,18 @@ type probe struct {
 func (p *probe) wait(ctx context.Context) error {
 	limited, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
+	var failed error
 	for {
 		attempt, cancelAttempt := context.WithTimeout(limited, attemptLimit)
 		err := p.attempt(attempt)
 		cancelAttempt()
 		if err == nil {
 			return nil
+		}
+		// An attempt that the time limit cut short tells less than the one
+		// before.
+		if failed == nil || limited.Err() == nil {
+			failed = err
 		}
 		t := time.NewTimer(p.interval)
 		select {
@@ -55,7 +61,7 @@ func (p *probe) wait(ctx context.Context) error {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case limited.Err() != nil:
-			return api.Errorf(api.ErrDeadline, "it was not ready within %v: %v", p.timeout, err)
+			return api.Errorf(api.ErrDeadline, "it was not ready within %v: %v", p.timeout, failed)
 		}
 	}
 }

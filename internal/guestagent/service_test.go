@@ -98,8 +98,13 @@ func TestServiceReadiness(t *testing.T) {
 			m := marker()
 			req := guestproto.StartService{ServiceName: test.name, Command: strings.ReplaceAll(test.command, "1000", "999."+m),
 				Env: map[string]string{"A": "b"}, Readiness: test.ready, ReadyTimeoutSeconds: 20}
+			if req.Readiness != nil {
+				check := *req.Readiness
+				check.Command = strings.ReplaceAll(check.Command, "sleep 1000", "sleep 999."+m)
+				req.Readiness, test.ready = &check, &check
+			}
 			if test.failure != "" {
-				req.ReadyTimeoutSeconds = 0.3
+				req.ReadyTimeoutSeconds = 1
 			}
 			sv := a.start(t, req)
 			if test.failure == "" {

@@ -276,6 +276,60 @@ func TestShellSignals(t *testing.T) {
 	}
 }
 
+// A shell that is closed is hung up first: what runs in it may say goodbye.
+func TestShellCloseHangsUp(t *testing.T) {
+	a := startAgent(t)
+	s := a.shell(t, "s")
+	s.typeLine(t, `sh -c 'trap "touch bye; exit" HUP; trap "" TERM; echo set-$((1+1)); while :; do sleep 0.05; done'`)
+	s.until(t, "set-2")
+	if err := second(a.CloseShell(testContext(t), guestproto.CloseShell{ShellID: "s"})); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(a.path("bye")); err != nil {
+		t.Error(err)
+	}
+}
+
+// A caller that hangs up while it waits is not waited with.
+func TestShellReaderHangsUp(t *testing.T) {
+	a := startAgent(t)
+	s := a.shell(t, "s")
+	files := func() int {
+		entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", a.cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	for r := int64(1); r > 0; { // until the prompt is there
+		reply, err := a.ReadShell(testContext(t), guestproto.ReadShell{ShellID: "s", Cursor: s.cursor, WaitForIdleMS: 300})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, s.cursor = reply.NextCursor-s.cursor, reply.NextCursor
+	}
+	before := 0
+	eventually(t, "no request is served", func() bool {
+		last := before
+		before = files()
+		return before == last
+	})
+	ctx, cancel := context.WithCancel(testContext(t))
+	var wg sync.WaitGroup
+	for range 10 {
+		wg.Go(func() {
+			_, err := a.ReadShell(ctx, guestproto.ReadShell{ShellID: "s", Cursor: s.cursor, WaitMS: 60_000, WaitForIdleMS: 60_000})
+			if !errors.Is(err, context.Canceled) {
+				t.Errorf("error %v", err)
+			}
+		})
+	}
+	eventually(t, "they wait", func() bool { return files() >= before+10 })
+	cancel()
+	wg.Wait()
+	eventually(t, "they are let go", func() bool { return files() <= before })
+}
+
 // Nothing that a shell started outlives it, however that ends and however it hid
 // (RELIABILITY L8, L10).
 func TestShellLeavesNothing(t *testing.T) {
@@ -401,12 +455,19 @@ func TestShellLimit(t *testing.T) {
 	if err := open(100); !errors.Is(err, api.ErrExhausted) {
 		t.Errorf("one more: %v", err)
 	}
-	// One that has ended makes room.
-	s := &testShell{a: a, id: "s5"}
-	s.typeLine(t, "exit")
-	eventually(t, "it has ended", func() bool { return s.state(t).State == "stopped" })
+	// The one that ended first makes room.
+	for _, id := range []string{"s7", "s5", "s9"} {
+		s := &testShell{a: a, id: id}
+		s.typeLine(t, "exit")
+		eventually(t, "it has ended", func() bool { return s.state(t).State == "stopped" })
+	}
 	if err := open(100); err != nil {
 		t.Error(err)
+	}
+	for id, there := range map[string]bool{"s7": false, "s5": true, "s9": true} {
+		if _, err := a.ReadShell(ctx, guestproto.ReadShell{ShellID: id}); errors.Is(err, api.ErrNotFound) == there {
+			t.Errorf("%s: %v", id, err)
+		}
 	}
 	all, err := a.ListShells(ctx)
 	if err != nil || len(all) != guestproto.MaxShells || all[0].ShellID != "s0" || all[len(all)-1].ShellID != "s100" {
@@ -515,7 +576,7 @@ func TestAttach(t *testing.T) {
 func TestAttachPastesMuch(t *testing.T) {
 	a := startAgent(t)
 	s := a.shell(t, "s")
-	const size = 3 * guestproto.StdinWindow
+	const size = 10 * guestproto.StdinWindow // more than may wait at a time
 	s.typeLine(t, fmt.Sprintf("stty raw -echo; echo go-$((1+1)); head -c %d | md5sum; stty sane", size))
 	s.until(t, "go-2")
 	paste := bytes.Repeat([]byte("0123456789abcde\n"), size/16)
@@ -569,6 +630,15 @@ func TestAttachNonsense(t *testing.T) {
 	}
 	s.typeLine(t, "echo alive-$((1+1))")
 	s.until(t, "alive-2")
+
+	m := marker()
+	s.typeLine(t, "stty raw -echo; sleep 999."+m)
+	eventually(t, "it reads nothing", func() bool { return len(running("999."+m)) > 0 })
+	piece := fmt.Sprintf("stdin %q", strings.Repeat("x", 60<<10))
+	out := play(t, a, `{"action":"attach_shell","shell_id":"s","stream":true}`+"\n"+strings.Repeat(piece+"\n", 6))
+	if !strings.Contains(out, "more stdin was sent than the window") {
+		t.Errorf("too much input: %s", out)
+	}
 }
 
 // Twenty shells and twenty services work at the same time.

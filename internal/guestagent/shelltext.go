@@ -35,9 +35,6 @@ func readText(r *ring.Ring, from, maxChars int64) passage {
 			p.missed++
 		}
 	}
-	// More may have come since end was looked up: only what was there counts
-	// as the last.
-	ended = ended && at+int64(n) == end
 	var b strings.Builder
 	p.next = p.at
 	for len(buf) > 0 && p.chars < maxChars {
