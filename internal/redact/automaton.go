@@ -13,7 +13,7 @@ type state struct {
 	fail           int32 // its longest proper end that is a beginning as well
 	length         int32
 	match          int32 // length of the longest value that ends here, or 0
-	open           int32 // length of the longest end here that a further byte may lengthen
+	open           int32 // length if a further byte may lengthen it, or 0
 }
 
 // A span is the bytes [start, end) of a stream.
@@ -49,10 +49,8 @@ func (s *Set) link() {
 		queue = queue[1:]
 		st := &s.states[n]
 		if n != 0 {
-			shorter := s.states[st.fail]
-			st.match = max(st.match, shorter.match)
-			st.open = shorter.open
-			if st.child != 0 {
+			st.match = max(st.match, s.states[st.fail].match)
+			if st.child != 0 { // or else it is a whole value, and covered
 				st.open = st.length
 			}
 		}

@@ -67,6 +67,7 @@ var tests = []struct {
 	{"lines without the last end", []string{"--begin--\nabc\n--end--\n"}, "--begin--\nabc\n--end--.", "[REDACTED]."},
 	{"lines without the last end on a terminal", []string{"--begin--\nabc\n--end--\n"}, "--begin--\r\nabc\r\n--end--.", "[REDACTED]."},
 	{"lines with carriage returns", []string{"--begin--\r\nabc\r\n"}, "--begin--\nabc\n. --begin--\r\nabc\r\n. --begin--\r\r\nabc\r\r\n.", "[REDACTED]. [REDACTED]. [REDACTED]."},
+	{"lines with carriage returns, without the last end", []string{"--begin--\r\nabc\r\n"}, "--begin--\nabc.", "[REDACTED]."},
 	{"text of the mark", []string{"REDACTED"}, "[REDACTED] REDACTED", "[[REDACTED]] [REDACTED]"},
 }
 

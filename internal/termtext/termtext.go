@@ -38,7 +38,7 @@ const (
 // LF only goes down, as on every terminal; it is the PTY that makes CR LF of it.
 //
 // Whatever output is, the text has no more than the last 100,000 lines or 16 MiB
-// that scrolled off, and Plain needs less than 128 MiB of memory besides output,
+// that scrolled off, and Plain needs at most some 150 MiB of memory besides output,
 // and time that grows with its length only: at worst seconds for a MiB.
 func Plain(output []byte, cols, rows int) string {
 	t := newTerminal(min(max(cols, 1), maxCols), min(max(rows, 1), maxRows))
