@@ -215,6 +215,7 @@ func serveMachine(version string, system *boot.System) error {
 		Runner:   runner,
 		Logger:   logger,
 		PowerOff: boot.PowerOff,
+		Resume:   boot.Resume,
 
 		OwnNetwork: true,
 	})

@@ -3,8 +3,6 @@ package guestagent
 import (
 	"bufio"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -52,6 +50,9 @@ type Config struct {
 	// OwnNetwork says that the guest's network devices are its own and may be
 	// changed; a plain process has its host's.
 	OwnNetwork bool
+	// Resume does what a Resume asks for, as far as it is not the server's own;
+	// nil where the guest cannot be copied or stood still.
+	Resume func(guestproto.Resume) error
 	// PowerOff ends the guest, or this process. It is called once, after the
 	// reply to a shutdown, with the grace that the workload is to have.
 	PowerOff func(grace time.Duration)
@@ -60,7 +61,7 @@ type Config struct {
 // A Server answers requests.
 type Server struct {
 	Config
-	bootID   string
+	bootID   atomic.Pointer[string]
 	active   atomic.Int64
 	wg       sync.WaitGroup
 	shutdown sync.Once
@@ -77,16 +78,16 @@ type Server struct {
 // sync that an earlier agent below the same root did not complete; no other may
 // be serving there.
 func NewServer(c Config) (*Server, error) {
-	var id [16]byte
-	if _, err := rand.Read(id[:]); err != nil {
-		return nil, api.Errorf(api.ErrInternal, "drawing a boot id: %w", err)
+	budget := ring.NewBudget()
+	s := &Server{
+		Config: c, switching: make(chan struct{}, 1), attached: make(chan struct{}, 1),
+		shells: shells{budget: budget}, services: services{budget: budget},
+	}
+	if err := s.newBootID(); err != nil {
+		return nil, err
 	}
 	recoverStages(c.Root, c.Logger)
-	budget := ring.NewBudget()
-	return &Server{
-		Config: c, bootID: hex.EncodeToString(id[:]), switching: make(chan struct{}, 1), attached: make(chan struct{}, 1),
-		shells: shells{budget: budget}, services: services{budget: budget},
-	}, nil
+	return s, nil
 }
 
 // EndWorkload ends all shells and services, the services with that much time
@@ -201,6 +202,8 @@ func (q *request) serve(ctx context.Context) error {
 		return q.extract(ctx, line)
 	case guestproto.ActionExportArchive:
 		return q.export(ctx, line)
+	case guestproto.ActionResume:
+		return q.resume(line)
 	case guestproto.ActionSetSecrets:
 		return q.setSecrets(line)
 	case guestproto.ActionShutdown:
@@ -265,7 +268,7 @@ func (s *Server) hello() guestproto.Hello {
 	h := guestproto.Hello{
 		Protocol:     guestproto.Version,
 		AgentVersion: s.Version,
-		BootID:       s.bootID,
+		BootID:       *s.bootID.Load(),
 		Capabilities: []string{
 			guestproto.CapExecStream, guestproto.CapArchiveStream, guestproto.CapShutdown, guestproto.CapTTY,
 			guestproto.CapFiles, guestproto.CapSync, guestproto.CapShells, guestproto.CapServices,

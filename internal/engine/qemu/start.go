@@ -99,10 +99,12 @@ func (e *Engine) launch(ctx context.Context, spec engine.MachineSpec, accel stri
 			return nil, nil, fmt.Errorf("starting qemu: %w", err)
 		}
 	}
-	if how.incoming {
-		in.kernel = files.readable(spec.Kernel.Image, filepath.Join(spec.Dir, "kernel"))
+	if how.incoming && isELF(spec.Kernel.Image) {
+		in.kernel = files.create(filepath.Join(spec.Dir, "kernel"), writeStubKernel)
 	} else {
 		in.kernel = files.readable(spec.Kernel.Image, filepath.Join(spec.Dir, "kernel"))
+	}
+	if !how.incoming {
 		in.initramfs = files.initramfs(spec, filepath.Join(spec.Dir, "initramfs.cpio"))
 	}
 	var console, control net.Conn

@@ -12,6 +12,8 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/artifact"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/hostproc"
+	"github.com/pyro-mcp/pyro/internal/statedir"
 )
 
 // resumeTimeout bounds a warm start, from the launch of QEMU to a guest with its
@@ -25,6 +27,9 @@ func (e *Engine) startTemplated(ctx context.Context, spec engine.MachineSpec, ac
 	if err != nil {
 		spec.Logger.Warn("templates cannot be used", "error", err)
 		return started(e.boot(ctx, spec, accel, nil, fmt.Sprintf("templates cannot be used, so the machine booted: %v", err)))
+	}
+	if t.failures() >= maxFailures {
+		return started(e.boot(ctx, spec, accel, nil, "warm starts of such machines have failed since the host booted, so it booted"))
 	}
 	held, err := t.acquire(ctx)
 	note := ""
@@ -44,7 +49,7 @@ func (e *Engine) startTemplated(ctx context.Context, spec engine.MachineSpec, ac
 	case err != nil:
 		spec.Logger.Warn("removing a template of no use", "error", err)
 		note = fmt.Sprintf("the template of such machines was of no use, so it booted: %v", err)
-		if err := t.store.Forget(t.name); err != nil {
+		if err := t.reject(); err != nil {
 			spec.Logger.Warn("removing a template", "error", err)
 		}
 	}
@@ -56,6 +61,43 @@ func started(m *machine, err error) (engine.Machine, error) {
 		return nil, err
 	}
 	return m, nil
+}
+
+// maxFailures is how many templates of one recipe may fail in one boot of the
+// host before no more are made: a failure can cost the whole of resumeTimeout.
+const maxFailures = 2
+
+// failedTemplate is the content of a file that remembers such failures.
+type failedTemplate struct {
+	BootID string `json:"boot_id"`
+	Recipe string `json:"recipe"`
+	Count  int    `json:"count"`
+}
+
+func (t *template) failureFile() string {
+	return filepath.Join(t.store.Dir(), failuresDir, t.name+".json")
+}
+
+// failuresDir is below the templates' directory.
+const failuresDir = "failed"
+
+// failures is how often templates of this recipe have failed in this boot.
+func (t *template) failures() int {
+	var f failedTemplate
+	if statedir.ReadJSON(t.failureFile(), &f) != nil || f.BootID != hostproc.BootID() || f.Recipe != t.recipe {
+		return 0
+	}
+	return f.Count
+}
+
+// reject removes the template and remembers that it has failed.
+func (t *template) reject() error {
+	f := failedTemplate{BootID: hostproc.BootID(), Recipe: t.recipe, Count: t.failures() + 1}
+	err := os.MkdirAll(filepath.Dir(t.failureFile()), 0o700)
+	if err == nil {
+		err = statedir.WriteJSON(t.failureFile(), f)
+	}
+	return errors.Join(err, t.store.Forget(t.name))
 }
 
 // startWarm starts a machine from the template, which it gives up. It returns

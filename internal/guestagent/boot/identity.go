@@ -15,10 +15,19 @@ import (
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
-// Refresh sets the clock and gives the kernel's random generator a new key. From
+// Resume does in a running machine what the host asks for: it refreshes the clock
+// and the random generator first, and then a copy gets its name and ids.
+func Resume(r guestproto.Resume) error {
+	if err := refresh(r); err != nil || !r.NewIdentity {
+		return err
+	}
+	return rename(r.Hostname)
+}
+
+// refresh sets the clock and gives the kernel's random generator a new key. From
 // then on what this guest draws is nobody else's. Both are tried; the error says
 // what did not work.
-func Refresh(r guestproto.Resume) error {
+func refresh(r guestproto.Resume) error {
 	now := unix.NsecToTimespec(r.TimeNS)
 	var clock error
 	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &now); err != nil {
@@ -50,8 +59,8 @@ func reseed(entropy []byte) error {
 	return nil
 }
 
-// Rename gives a running machine its name and ids anew, after Refresh.
-func Rename(hostname string) error {
+// rename gives a running machine its name and ids anew, after refresh.
+func rename(hostname string) error {
 	var errs []error
 	if hostname != "" {
 		errs = append(errs, nameHost(hostname))

@@ -68,68 +68,74 @@ func Run() (*System, error) {
 	if err := loadModules(); err != nil {
 		return nil, err
 	}
+	s := &System{}
+	s.begin()
 	if !slices.Contains(strings.Fields(string(line)), guestproto.WaitWord) {
-		return finish(args["pyro.root"], args["pyro.hostname"])
+		return s, finish(args["pyro.root"], args["pyro.hostname"])
 	}
-	port, err := OpenPort()
-	if err != nil {
+	if s.Port, err = OpenPort(); err != nil {
 		return nil, err
 	}
 	if err := releaseDevices(); err != nil {
 		return nil, err
 	}
-	r, err := awaitHost(port)
-	if err != nil {
-		_ = answer(port, err)
-		return nil, err
+	r, err := awaitHost(s.Port)
+	if err == nil {
+		err = goOn(args["pyro.root"], r)
 	}
-	s, err := resume(args["pyro.root"], r)
-	if err := answer(port, err); err != nil {
+	if err := answer(s.Port, err); err != nil {
 		return nil, fmt.Errorf("answering the host: %w", err)
 	}
-	if err != nil {
-		return nil, err
-	}
-	s.Port = port
-	return s, nil
+	return s, err
 }
 
-// resume goes on after the wait.
-func resume(root string, r guestproto.Resume) (*System, error) {
-	if err := Refresh(r); err != nil {
-		return nil, err
-	}
-	if err := probeDevices(); err != nil {
-		return nil, err
-	}
-	s, err := finish(root, r.Hostname)
-	if err != nil {
-		return nil, err
-	}
-	return s, bootID()
-}
-
-// finish brings up what depends on the machine's disk and name.
-func finish(root, hostname string) (*System, error) {
-	if err := mountRoot(root); err != nil {
-		return nil, err
-	}
-	if err := switchRoot(); err != nil {
-		return nil, err
-	}
-	s := &System{}
+// begin does what depends neither on the machine's disk nor on its name, so that
+// it is done already where a guest goes on from its wait.
+func (s *System) begin() {
+	// Their memory would be lost for as long as the machine runs.
+	_ = os.RemoveAll("/modules")
+	_ = os.Remove("/init")
 	if err := unix.Mount("cgroup2", "/sys/fs/cgroup", "cgroup2", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		warn(fmt.Errorf("mounting cgroup2: %w", err))
 	} else {
 		s.CgroupMount = "/sys/fs/cgroup"
 	}
 	s.MemoryMax, s.PIDsMax = shares(memTotal())
-	for _, step := range []func() error{mountTemporary, raiseLimits, func() error { return nameHost(hostname) }, writeFiles, machineID, loopbackUp} {
+	for _, step := range []func() error{raiseLimits, loopbackUp} {
 		if err := step(); err != nil {
 			warn(err)
 		}
 	}
-	return s, nil
+}
+
+// goOn boots the rest after the wait.
+func goOn(root string, r guestproto.Resume) error {
+	if err := refresh(r); err != nil {
+		return err
+	}
+	if err := probeDevices(); err != nil {
+		return err
+	}
+	if err := finish(root, r.Hostname); err != nil {
+		return err
+	}
+	return bootID()
+}
+
+// finish brings up what depends on the machine's disk and name.
+func finish(root, hostname string) error {
+	if err := mountRoot(root); err != nil {
+		return err
+	}
+	if err := switchRoot(); err != nil {
+		return err
+	}
+	for _, step := range []func() error{mountTemporary, func() error { return nameHost(hostname) }, writeFiles, machineID} {
+		if err := step(); err != nil {
+			warn(err)
+		}
+	}
+	return nil
 }
 
 // warn prints what went wrong and does not keep the machine from serving.
@@ -251,8 +257,8 @@ func mountRoot(device string) error {
 	return nil
 }
 
-// switchRoot makes the disk the root, with the kernel's file systems in it, and
-// frees the initramfs. See switch_root(8).
+// switchRoot makes the disk the root, with the kernel's file systems in it. See
+// switch_root(8).
 func switchRoot() error {
 	for _, dir := range []string{"/proc", "/sys", "/dev"} {
 		target := newRoot + dir
@@ -263,9 +269,6 @@ func switchRoot() error {
 			return fmt.Errorf("moving %s into the root disk: %w", dir, err)
 		}
 	}
-	// Their memory would be lost for as long as the machine runs.
-	_ = os.RemoveAll("/modules")
-	_ = os.Remove("/init")
 	if err := unix.Chdir(newRoot); err != nil {
 		return fmt.Errorf("entering the root disk: %w", err)
 	}
