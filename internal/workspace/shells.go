@@ -128,14 +128,16 @@ func (m *Manager) ReadShell(ctx context.Context, ref, id string, req api.ReadShe
 		if err != nil {
 			return nil, err
 		}
-		if err := redactRead(ctx, c, id, redactions(values), &r); err != nil {
+		set := redactions(values)
+		if err := redactRead(ctx, c, id, set, &r); err != nil {
 			return nil, err
 		}
 		out := &api.ShellRead{
 			Shell: shellOf(ws, r.Shell), Cursor: r.Cursor, NextCursor: r.NextCursor, Output: r.Output, Truncated: r.Truncated, Plain: req.Plain,
 		}
 		if req.Plain {
-			out.Output = termtext.Plain([]byte(out.Output), int(r.Cols), int(r.Rows))
+			// Once more: a program may have broken or coloured a value.
+			out.Output = set.String(termtext.Plain([]byte(out.Output), int(r.Cols), int(r.Rows)))
 		}
 		return out, nil
 	})
