@@ -251,9 +251,19 @@ func (c *Client) SnapshotDisk(ctx context.Context, spare string) (frozen string,
 	return reply.Frozen, reply.Error.Err()
 }
 
+// dialTimeout bounds how long the guest of a machine that is up may take to
+// accept a connection: far more than a busy emulated one needs.
+const dialTimeout = 30 * time.Second
+
 // DialGuest opens a connection to the guest agent.
 func (c *Client) DialGuest(ctx context.Context) (net.Conn, error) {
-	return guestconn.DialHybrid(ctx, c.dir.GuestSocket(), guestPort)
+	limited, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	conn, err := guestconn.DialHybrid(limited, c.dir.GuestSocket(), guestPort)
+	if err != nil && limited.Err() != nil && ctx.Err() == nil {
+		return nil, api.Errorf(api.ErrUnavailable, "machine %s has not answered for %v", c.dir.ID(), dialTimeout)
+	}
+	return conn, err
 }
 
 // Disk returns the path of the layer that the machine writes to. It waits for a
