@@ -4,12 +4,15 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -169,12 +172,24 @@ const maxConfigFile = 64 << 20
 func readBounded(file string) ([]byte, error) {
 	st, err := os.Stat(file)
 	if err != nil {
-		return nil, err
+		return nil, fileError(err)
 	}
 	if !st.Mode().IsRegular() || st.Size() > maxConfigFile {
 		return nil, api.Errorf(api.ErrInvalid, "%s is no regular file of at most %d MiB", file, maxConfigFile>>20)
 	}
-	return os.ReadFile(file)
+	text, err := os.ReadFile(file)
+	return text, fileError(err)
+}
+
+// fileError gives an error of the file system its class.
+func fileError(err error) error {
+	switch {
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
+		return fmt.Errorf("%w (%w)", err, api.ErrDenied)
+	case errors.Is(err, syscall.ENOSPC):
+		return fmt.Errorf("%w (%w)", err, api.ErrExhausted)
+	}
+	return err
 }
 
 // connectCodex runs codex mcp add, which replaces an entry.

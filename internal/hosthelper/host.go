@@ -11,6 +11,7 @@ package hosthelper
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -313,4 +314,4 @@ func (h *Helper) Connect(ctx context.Context, host, scope string, e Entry, dryRu
 }
 
 // notExist reports whether err says that a file is not there.
-func notExist(err error) bool { return os.IsNotExist(err) || err == fs.ErrNotExist }
+func notExist(err error) bool { return errors.Is(err, fs.ErrNotExist) }

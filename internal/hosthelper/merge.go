@@ -265,7 +265,7 @@ func (f format) verify(before, after []byte, fields map[string]any) error {
 func replaceFile(file, backup string, old, text []byte, isNew bool) (err error) {
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("writing %s: %w", file, err)
+			err = fmt.Errorf("writing %s: %w", file, fileError(err))
 		}
 	}()
 	mode, uid, gid := os.FileMode(0o600), -1, -1
@@ -344,14 +344,14 @@ func (h *Helper) WriteConfig(host, file string, e Entry, dryRun bool) (*Change, 
 	}
 	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("writing %s: %w", file, err)
+		return nil, fmt.Errorf("writing %s: %w", file, fileError(err))
 	}
 	_, err = f.WriteString(config)
 	if closeErr := f.Close(); err == nil {
 		err = closeErr
 	}
 	if err != nil {
-		return nil, fmt.Errorf("writing %s: %w", file, err)
+		return nil, fmt.Errorf("writing %s: %w", file, fileError(err))
 	}
 	return c, nil
 }

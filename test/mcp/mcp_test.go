@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -262,5 +263,76 @@ func TestStdoutIsJSONLines(t *testing.T) {
 	}
 	if n != 6 {
 		t.Errorf("%d answers to what was piped in: %s", n, out)
+	}
+}
+
+// A wrong command line is refused before anything is served.
+func TestWrongUsage(t *testing.T) {
+	p := newPyro(t)
+	for _, test := range []struct {
+		args   string
+		status int
+		says   string
+	}{
+		{"mcp serve --profile x", 2, "workspace-core"},
+		{"mcp serve --mode x", 2, "repro-fix"},
+		{"mcp serve --mode inspect --profile vm-run", 2, "exclude"},
+		{"mcp serve --repo-ref main", 2, "--repo-url"},
+		{"mcp serve --project-path /nowhere", 3, "does not exist"},
+		{"mcp serve --allow-export /nowhere", 3, "does not exist"},
+		{"mcp serve --max-vcpus -1", 2, "--max-vcpus"},
+		{"mcp serve --token-file x", 2, "--http"},
+		{"mcp serve --http 0.0.0.0:0", 1, "--allow-remote"},
+		{"mcp serve --http nonsense", 2, "HOST:PORT"},
+		{"mcp serve x", 2, "x"},
+		{"host connect vscode", 1, "print-config vscode --merge"},
+		{"host connect", 2, "arg"},
+		{"host connect nobody", 2, "claude-code"},
+		{"host print-config codex --merge", 1, "host connect codex"},
+		{"host print-config zed --merge --output x", 2, "exclude"},
+		{"host print-config zed --mode x", 2, "repro-fix"},
+		{"host doctor nobody", 2, "claude-code"},
+	} {
+		t.Run(test.args, func(t *testing.T) {
+			cmd := p.command(strings.Fields(test.args)...)
+			cmd.Env = append(cmd.Env, "HOME="+t.TempDir())
+			cmd.Stdin = strings.NewReader("")
+			var out, complaint bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &out, &complaint
+			_ = cmd.Run()
+			if got := cmd.ProcessState.ExitCode(); got != test.status || !strings.Contains(complaint.String(), test.says) || out.Len() > 0 {
+				t.Errorf("status %d, want %d; stdout %q, stderr %s", got, test.status, out.String(), complaint.String())
+			}
+		})
+	}
+}
+
+// What print-config prints is what the server understands, with every option
+// that an entry can carry.
+func TestEntryCarriesTheOptions(t *testing.T) {
+	p := newPyro(t)
+	project, exports := t.TempDir(), t.TempDir()
+	options := []string{"--mode", "inspect", "--project-path", project, "--include-ignored", "--environment", "debian:12-base", "--require", "sandbox",
+		"--network-policy", "egress", "--max-workspaces", "3", "--max-ttl-seconds", "600", "--allow-path", project, "--allow-export", exports}
+	out := run(t, p.command(append([]string{"host", "print-config", "cursor"}, options...)...))
+	var doc struct {
+		MCPServers map[string]struct {
+			Command string
+			Args    []string
+			Env     map[string]string
+		}
+	}
+	if err := json.Unmarshal([]byte(out), &doc); err != nil {
+		t.Fatalf("%s: %v", out, err)
+	}
+	entry := doc.MCPServers["pyro"]
+	if entry.Command != p.path || entry.Env["PYRO_STATE_DIR"] == "" {
+		t.Errorf("entry %+v", entry)
+	}
+	given := append([]string{"mcp", "serve"}, options...)
+	slices.Sort(given)
+	slices.Sort(entry.Args)
+	if !slices.Equal(given, entry.Args) {
+		t.Errorf("arguments %q, want %q", entry.Args, given)
 	}
 }
