@@ -271,14 +271,20 @@ func (u *user) checkDiff(id, from, base string) *api.Diff {
 	if diff := cmp.Diff(d.Patch, string(plain)); diff != "" {
 		u.t.Errorf("the patch is another in JSON (-json +plain):\n%.2000s", diff)
 	}
-	if len(plain) > 0 {
-		// As a directory by itself: what an outer or inner repository thinks of
-		// the files is none of git apply's business.
-		apply(u.t, base, plain)
-	}
 	excused := map[string]bool{}
 	for _, e := range d.Unpatched {
 		excused[e.Path] = true
+	}
+	// Git knows no empty directories, and so makes no file where one lies: what
+	// the diff names as gone and in no patch has to be removed by hand.
+	for name, what := range before {
+		if what == "dir" && excused[printed(name)] {
+			for ; name != "." && want[name] != "dir" && os.Remove(filepath.Join(base, name)) == nil; name = filepath.Dir(name) {
+			}
+		}
+	}
+	if len(plain) > 0 {
+		apply(u.t, base, plain)
 	}
 	got := onHost(u.t, base)
 	for name := range union(want, got) {
