@@ -47,7 +47,7 @@ func makeMess(t *testing.T) (repo, worktree string) {
 		"plain.txt": "one\ntwo\nthree\n", "no-newline": "no newline", "empty": "", "crlf.txt": "a\r\nb\r\nc\r\n", "mixed": "a\r\nb\nc\r",
 		"binary": string(binary), "long.txt": long.String(), "latin1": "caf\xe9\n", "nul": "a\x00b\n", "bom.txt": "\ufeffx\n",
 		"with space": "x\n", "-rf": "x\n", "--help": "x\n", "new\nline": "x\n", "tab\tname": "x\n", `back\slash`: "x\n", `quo"te`: "x\n",
-		"inv\xff\xfealid": "x\n", "esc\x1b[2J": "x\n", "ünïcode": "x\n", "e\u0301": "x\n", "a b/c d": "x\n", longName: "x\n", ".hidden/.more": "x\n",
+		"inv\xff\xfealid": "x\n", "dir\xff/x": "x\n", "esc\x1b[2J": "x\n", "ünïcode": "x\n", "e\u0301": "x\n", "a b/c d": "x\n", longName: "x\n", ".hidden/.more": "x\n",
 		"Case": "upper\n", "case": "lower\n", "only-spaces/   ": "x\n", "glob*[a]?": "x\n", "trailing.": "x\n", "a/b": "x\n", "a.b": "x\n", "a-b": "x\n",
 		strings.Repeat("deep/", 60) + "leaf": "x\n", "+++ b/odd": "--- a/odd\n+++ b/odd\n@@ -1 +1 @@\n-a\n+b\n", "patchy": "diff --git a/x b/x\n",
 		".gitignore": "/ignored/\n*.o\n",

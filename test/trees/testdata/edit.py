@@ -22,7 +22,7 @@ if sys.argv[1] == "2":
     sys.exit()
 
 for p in (b"plain.txt", b"crlf.txt", b"with space", b"-rf", b"--help", b"new\nline", b"tab\tname", b"back\\slash",
-          b'quo"te', b"inv\xff\xfealid", b"esc\x1b[2J", "ünïcode".encode(), b"a b/c d", b"n" * 255, b"case",
+          b'quo"te', b"inv\xff\xfealid", b"dir\xff/x", b"esc\x1b[2J", "ünïcode".encode(), b"a b/c d", b"n" * 255, b"case",
           b"only-spaces/   ", b"glob*[a]?", b"a/b", b"a.b", b"+++ b/odd", b"patchy", b"nested/file", b"sub/lib.c", b"secret", b"mixed",
           b"deep/" * 60 + b"leaf"):
     write(p, b"added to it\n", "ab")
