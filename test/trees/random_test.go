@@ -48,7 +48,9 @@ var opsScript string
 type gardener struct{ *rand.Rand }
 
 func (g gardener) name() string {
-	odd := []string{"a", "b", "c", "d", "e", "f", "a.b", "a-b", "-n", "x y", "x\ny", "\t", `"`, `\`, "\xff", "ü", "e\u0301", ".x", "~", "a=>b", "+", "@@", "\x7f", strings.Repeat("l", 255)}
+	// Two bytes short of NAME_MAX: where a file comes into the place of an empty
+	// directory, git apply first writes it under a name with "~1" behind it.
+	odd := []string{"a", "b", "c", "d", "e", "f", "a.b", "a-b", "-n", "x y", "x\ny", "\t", `"`, `\`, "\xff", "ü", "e\u0301", ".x", "~", "a=>b", "+", "@@", "\x7f", strings.Repeat("l", 253)}
 	return odd[g.IntN(len(odd))]
 }
 
