@@ -61,6 +61,10 @@ func within(limit time.Duration) time.Duration {
 	return 2 * limit
 }
 
+// thorough says that PYRO_TEST_REQUIRE lists "faults": all cases are wanted, at
+// full size. Without it those run that take a minute together on engine host.
+func thorough() bool { return testenv.Wanted("faults") }
+
 // A lab is a state directory with a workspace in it, the bystander, that no fault
 // in another one may touch.
 type lab struct {

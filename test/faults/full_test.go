@@ -1,0 +1,177 @@
+package faults_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/testenv"
+)
+
+// smallDisk mounts a file system of that size, unmounted with the test.
+func smallDisk(t *testing.T, dir, size string) {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	testenv.Require(t, "root", os.Geteuid() == 0, "only root can mount a small disk")
+	err := unix.Mount("tmpfs", dir, "tmpfs", 0, "mode=0700,size="+size)
+	testenv.Require(t, "root", err == nil, "mounting a tmpfs does not work here")
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Errorf("unmounting %s: %v", dir, err)
+		}
+	})
+}
+
+// fill leaves at most left bytes free on the file system of dir, and returns how
+// to free them again.
+func fill(t *testing.T, dir string, left int64) (free func()) {
+	t.Helper()
+	path := filepath.Join(dir, "filler")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	if n := int64(st.Bavail)*st.Bsize - left; n > 0 {
+		if err := unix.Fallocate(int(f.Fd()), 0, 0, n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return func() {
+		if err := os.Remove(path); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestHostDiskFull fills the disk of the state directory before and during
+// everything that writes there.
+func TestHostDiskFull(t *testing.T) {
+	dir := t.TempDir()
+	disk := filepath.Join(dir, "disk")
+	smallDisk(t, disk, "512m")
+	l := labIn(t, dir)
+	l.state = filepath.Join(disk, "state")
+	l.env = append(l.env, "PYRO_STATE_DIR="+l.state)
+	t.Cleanup(l.end)
+	l.create("w")
+	l.exec("w", "echo acknowledged > kept; sync")
+	l.ok("workspace", "snapshot", "create", "w", "first")
+	l.create("stopped")
+	l.exec("stopped", "echo acknowledged > kept; sync")
+	l.ok("workspace", "stop", "stopped")
+
+	for _, left := range []int64{16 << 20, 0} {
+		free := fill(t, disk, left)
+		for _, args := range [][]string{
+			l.createArgs("x"),
+			{"workspace", "start", "stopped"},
+			{"workspace", "reset", "w"},
+			{"workspace", "snapshot", "create", "w", "second"},
+		} {
+			l.refused("exhausted", args...)
+		}
+		if left == 0 {
+			out := filepath.Join(disk, "out")
+			l.refused("exhausted", "workspace", "export", "w", "seeded", "--output", out)
+			if found, _ := filepath.Glob(filepath.Join(disk, "*out*")); len(found) > 0 {
+				t.Errorf("an export without room left %q", found)
+			}
+			if found, _ := filepath.Glob(filepath.Join(disk, ".pyro-export-*")); len(found) > 0 {
+				t.Errorf("an export without room left %q", found)
+			}
+		}
+		// Looking works on a full disk.
+		for _, ws := range l.list() {
+			if ws.State != api.StateStarted && ws.State != api.StateStopped {
+				t.Errorf("workspace %s is %s", ws.WorkspaceID, ws.State)
+			}
+		}
+		if left == 0 {
+			// A journal that cannot be written is said so, not a lost command.
+			res := l.run("workspace", "exec", "w", "--json", "--", "cat seeded")
+			if code := errorCode(res); res.code != 0 && code != "exhausted" {
+				t.Errorf("a command while the disk is full: %q, %s", code, res)
+			}
+		}
+		free()
+		l.check()
+		l.checkKept("w", "acknowledged\n")
+	}
+	l.ok("workspace", "start", "stopped")
+	l.checkKept("stopped", "acknowledged\n")
+	l.ok("workspace", "reset", "w", "--snapshot", "first")
+	l.checkKept("w", "acknowledged\n")
+	l.create("x")
+
+	// What a user does about it: deleting works where nothing else does.
+	free := fill(t, disk, 0)
+	if res := l.run("workspace", "delete", "x"); res.code != 0 {
+		t.Errorf("deleting a workspace on a full disk: %s", res)
+	}
+	free()
+	l.check()
+}
+
+func (l *lab) checkKept(name, want string) {
+	l.Helper()
+	if got := l.exec(name, "cat kept"); got != want {
+		l.Errorf("what workspace %s was told to keep holds %q, want %q", name, got, want)
+	}
+}
+
+// TestHostDiskFillsUp lets a guest write until the host's disk is full. It must
+// hear of it, or its machine ends for that reason; what it was told is on its disk
+// stays there.
+func TestHostDiskFillsUp(t *testing.T) {
+	isolated(t)
+	dir := t.TempDir()
+	disk := filepath.Join(dir, "disk")
+	smallDisk(t, disk, "512m")
+	l := labIn(t, dir)
+	l.state = filepath.Join(disk, "state")
+	l.env = append(l.env, "PYRO_STATE_DIR="+l.state)
+	t.Cleanup(l.end)
+	l.create("w")
+	l.exec("w", "echo acknowledged > kept; sync")
+	free := fill(t, disk, 100<<20)
+	// Each file that got its sync is acknowledged by a line.
+	res := l.run("workspace", "exec", "w", "--quiet", "--timeout-seconds", "300", "--", `
+		for i in $(seq 60); do
+			head -c 4194304 /dev/urandom > f$i || exit 9
+			sha256sum f$i > f$i.sum && sync f$i f$i.sum && echo $i || exit 9
+		done`)
+	t.Logf("%d files; %s", strings.Count(res.stdout, "\n"), res.stderr)
+	if res.code == 0 {
+		t.Errorf("240 MiB went into 100: %s", res)
+	}
+	acknowledged := strings.Fields(res.stdout)
+	if ws := l.status("w"); ws.State == api.StateStopped && (ws.LastError == nil || !strings.Contains(*ws.LastError, "disk is full")) {
+		t.Errorf("the machine ended, and not because of the disk: %v", ws.LastError)
+	}
+	free()
+	l.eventually(within(20*time.Second), "the workspace has settled", func() bool {
+		state := l.status("w").State
+		return state == api.StateStopped || state == api.StateStarted
+	})
+	l.ok("workspace", "stop", "w")
+	l.ok("workspace", "start", "w")
+	l.checkKept("w", "acknowledged\n")
+	for _, i := range acknowledged {
+		if res := l.run("workspace", "exec", "w", "--quiet", "--", "sha256sum --quiet -c f"+i+".sum"); res.code != 0 {
+			t.Errorf("file %s was synced and is lost: %s", i, res)
+		}
+	}
+	l.check()
+}
