@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/engine/gvisor"
@@ -84,7 +86,15 @@ func removeMachine(ctx context.Context, dir statedir.Machine) error {
 	if err := killRecorded(ctx, dir); err != nil {
 		return err
 	}
-	if err := gvisor.RemoveDir(ctx, dir.Path()); err != nil {
+	var err error
+	// Another command that looks for abandoned machines may make the lock's file
+	// once more while this goes on.
+	for range 10 {
+		if err = gvisor.RemoveDir(ctx, dir.Path()); !errors.Is(err, unix.ENOTEMPTY) {
+			break
+		}
+	}
+	if err != nil {
 		return fmt.Errorf("removing %s: %w", filepath.Base(dir.Path()), err)
 	}
 	return nil

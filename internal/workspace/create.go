@@ -193,10 +193,7 @@ func (m *Manager) claimRecord(ctx context.Context, ws *store.Workspace, secrets 
 	dir := m.state.Workspace(ws.WorkspaceID)
 	// The lock is held before anybody can find the record: a record that says
 	// "starting" and whose lock is free counts as abandoned.
-	if err := statedir.MakePrivate(dir.CommandsDir()); err != nil {
-		return nil, err
-	}
-	lock, err := hostproc.TryLock(dir.LockFile())
+	lock, err := newDirectory(ctx, dir)
 	failpoint.Hit("create/locked")
 	if err == nil {
 		err = m.sealSecrets(dir, secrets)
@@ -210,6 +207,27 @@ func (m *Manager) claimRecord(ctx context.Context, ws *store.Workspace, secrets 
 		return nil, errors.Join(err, os.RemoveAll(dir.Path()))
 	}
 	return &held{Workspace: ws, m: m, dir: dir, lock: lock}, nil
+}
+
+// newDirectory makes the directory of a new workspace and takes its lock. A prune
+// that finds the directory without either record or lock removes it: then it is
+// made again.
+func newDirectory(ctx context.Context, dir statedir.Workspace) (lock *hostproc.Lock, err error) {
+	for range 10 {
+		if err := statedir.MakePrivate(dir.Path()); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+		if lock, err = hostproc.LockWithin(ctx, dir.LockFile(), time.Second); err == nil {
+			if err = os.Mkdir(dir.CommandsDir(), 0o700); err == nil {
+				return lock, nil
+			}
+			lock.Close()
+		}
+		if !errors.Is(err, os.ErrNotExist) && !errors.Is(err, api.ErrBusy) {
+			break
+		}
+	}
+	return nil, errors.Join(err, os.RemoveAll(dir.Path()))
 }
 
 // create does everything between the record and a workspace that is ready.

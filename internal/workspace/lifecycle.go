@@ -424,6 +424,9 @@ func (m *Manager) removeOrphans(ctx context.Context, known map[string]bool) (rem
 				err = gvisor.RemoveDir(ctx, ws.Path())
 			}
 			lock.Close()
+			if errors.Is(err, unix.ENOTEMPTY) {
+				continue // made just now
+			}
 			if err != nil {
 				errs = append(errs, err)
 				continue
