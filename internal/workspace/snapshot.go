@@ -239,6 +239,9 @@ func (h *held) reset(ctx context.Context, name string, progress func(api.Progres
 	if err != nil {
 		return err
 	}
+	if err := h.m.checkSpace(freeFloor); err != nil {
+		return err // while the machine still runs
+	}
 	if h.State != api.StateStopped {
 		if err := h.drop(ctx); err != nil {
 			return err
