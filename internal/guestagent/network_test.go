@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -124,7 +125,7 @@ func TestAttachNetworkNeedsAGuest(t *testing.T) {
 	_, err := startAgent(t).AttachNetwork(testContext(t), guestproto.AttachNetwork{
 		MTU: 1500, Addresses: []netip.Prefix{netip.MustParsePrefix("10.0.0.2/24")},
 	})
-	if !errors.Is(err, api.ErrUnsupported) {
+	if !errors.Is(err, api.ErrUnsupported) || !strings.Contains(err.Error(), "no network of its own") {
 		t.Errorf("got %v", err)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
@@ -53,6 +54,7 @@ func TestStream(t *testing.T) {
 			c := dialPeer(t, quick, func(c net.Conn, _ []byte) {
 				_, _ = io.WriteString(c, test.answer+"first")
 				<-release
+				time.Sleep(2 * quick.Patience) // what is being tested is that nothing happens
 				_, _ = io.WriteString(c, " last")
 				_ = c.(*net.UnixConn).CloseWrite()
 				got, err := io.ReadAll(c)

@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -167,6 +168,29 @@ func TestTCP(t *testing.T) {
 		c.Close()
 		// A whole close, with nothing unread, is an end.
 		if err := <-ended; !errors.Is(err, io.EOF) {
+			t.Errorf("the other side reads %v", err)
+		}
+	})
+	t.Run("BrokenByGuest", func(t *testing.T) {
+		ended := make(chan error, 1)
+		talking := outside.Listen(t)
+		go func() {
+			c, err := talking.Accept()
+			if err != nil {
+				ended <- err
+				return
+			}
+			defer c.Close()
+			_, _ = c.Write([]byte("hello"))
+			_, err = io.Copy(io.Discard, c)
+			ended <- err
+		}()
+		c := g.mustDial(t, addrPort(talking.Addr()))
+		if _, err := c.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		c.Close() // with bytes unread, which is a reset
+		if err := <-ended; !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("the other side reads %v", err)
 		}
 	})
