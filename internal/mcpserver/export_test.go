@@ -11,6 +11,8 @@ var (
 	EscapeInvisible = escapeInvisible
 	Invisible       = invisible
 	PieceOf         = pieceOf
+	// WithoutCredentials is tested by itself: a clone over https takes a network.
+	WithoutCredentials = withoutCredentials
 )
 
 // Arguments checks a call's arguments as a server with every tool does.

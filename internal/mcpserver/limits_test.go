@@ -158,9 +158,9 @@ func TestHostPaths(t *testing.T) {
 func TestHostileArguments(t *testing.T) {
 	s := connect(t, newClient(t), options(t))
 	for name := range s.schemas {
-		for _, evil := range []string{"-x", "--help", ";id", "$(id)", "a\nb", "a\x00b", "../../x", strings.Repeat("A", 1<<20), "\u202e", "{{.}}"} {
+		properties := s.parameters(name)
+		for _, evil := range []string{"-x", "--help", ";id", "$(id)", "a\nb", "a\x00b", "../../x", strings.Repeat("A", 64<<10), "\u202e", "{{.}}"} {
 			a := args{"workspace_id": evil, "environment": evil, "path": evil, "output_path": evil, "source_path": evil, "snapshot_name": evil, "patch": evil, "text": evil}
-			properties := s.parameters(name)
 			for k := range a {
 				if !properties[k] {
 					delete(a, k)

@@ -165,7 +165,6 @@ func TestClone(t *testing.T) {
 	if _, err := os.Stat(pwned); err == nil {
 		t.Error("something of the repository ran")
 	}
-	t.Cleanup(func() {})
 	if left, _ := filepath.Glob(filepath.Join(tmp, "pyro-clone-*")); len(left) != 0 {
 		t.Errorf("left behind: %q", left)
 	}
@@ -190,5 +189,18 @@ func TestClonesOfTheDead(t *testing.T) {
 	defer second.Close()
 	if left, _ := filepath.Glob(filepath.Join(tmp, "pyro-clone-*")); len(left) != 2 || left[0] == dead || left[1] == dead {
 		t.Errorf("there are %q", left)
+	}
+}
+
+// Nothing of an address that lets somebody in gets into the clone.
+func TestWithoutCredentials(t *testing.T) {
+	for given, want := range map[string]string{
+		"https://me:secret@example.org/a.git": "https://example.org/a.git", "https://token@example.org/a": "https://example.org/a",
+		"ssh://git:x@example.org/a": "ssh://git@example.org/a", "git@example.org:a": "git@example.org:a",
+		"/a/b@c": "/a/b@c", "https://example.org/a": "https://example.org/a",
+	} {
+		if got := mcpserver.WithoutCredentials(given); got != want {
+			t.Errorf("%s became %s, want %s", given, got, want)
+		}
 	}
 }
