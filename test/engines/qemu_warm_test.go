@@ -1,6 +1,7 @@
 package engines_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -21,6 +22,8 @@ import (
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/engine/enginetest"
 	"github.com/pyro-mcp/pyro/internal/engine/qemu"
+	"github.com/pyro-mcp/pyro/internal/guestclient"
+	"github.com/pyro-mcp/pyro/internal/guestproto"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 )
 
@@ -230,7 +233,7 @@ func TestWarmTemplateOfNoUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	f.Close()
-	boots("was not installed so")
+	boots("not what was installed")
 	if got := e.Warmth(t.Context(), s.Spec); got != engine.WarmthWarm {
 		t.Errorf("after a boot in place of a damaged template the next start is %s", got)
 	}
@@ -248,14 +251,23 @@ func TestWarmTemplateOfNoUse(t *testing.T) {
 	if err := store.Forget(r.Name); err != nil {
 		t.Fatal(err)
 	}
-	bad, err := store.Do(t.Context(), artifact.Install{Name: r.Name, Recipe: r.Recipe, Build: func(_ context.Context, b *artifact.Build) error {
-		return errors.Join(os.WriteFile(filepath.Join(b.Out, "memory"), memory, 0o600),
-			os.WriteFile(filepath.Join(b.Out, "state"), []byte("QEVM\x00\x00\x00\x03 and nonsense"), 0o600))
-	}})
-	if err != nil {
+	install := func() {
+		t.Helper()
+		bad, err := store.Do(t.Context(), artifact.Install{Name: r.Name, Recipe: r.Recipe, Build: func(_ context.Context, b *artifact.Build) error {
+			return errors.Join(os.WriteFile(filepath.Join(b.Out, "memory"), memory, 0o600),
+				os.WriteFile(filepath.Join(b.Out, "state"), []byte("QEVM\x00\x00\x00\x03 and nonsense"), 0o600))
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		bad.Close()
+	}
+	install()
+	boots("of no use")
+	if err := store.Forget(ref().Name); err != nil {
 		t.Fatal(err)
 	}
-	bad.Close()
+	install()
 	boots("of no use")
 	boots("have failed since the host booted")
 }
@@ -381,28 +393,54 @@ func TestWarmPause(t *testing.T) {
 
 // TestWarmMany starts ten machines at once.
 func TestWarmMany(t *testing.T) {
-	_, s := warmSubject(t)
-	s.Spec.MemMiB = max(s.Spec.MemMiB, 512)
+	e, s := warmSubject(t)
+	const count = 10
+	machines := make([]engine.Machine, count)
+	errs := make([]error, count)
+	seen := map[string]bool{}
 	var mu sync.Mutex
-	ids := map[string]int{}
-	t.Run("machines", func(t *testing.T) {
-		for i := range 10 {
-			t.Run(strconv.Itoa(i), func(t *testing.T) {
-				t.Parallel()
-				began := time.Now()
-				g := enginetest.Boot(t, s, nil)
-				mustBegin(t, g, true, "")
-				id := identity(t, g)
-				mu.Lock()
-				defer mu.Unlock()
-				ids[id["random"]]++
-				ids[id["boot id"]]++
-				t.Logf("up and asked after %v, %d KiB of its own (Pss)", time.Since(began), pss(t, g.PIDs()[0]))
-			})
+	var wg sync.WaitGroup
+	began := time.Now()
+	for i := range count {
+		spec := preparing(t, s.Spec)
+		spec.ID = fmt.Sprint("many", i)
+		wg.Go(func() {
+			m, err := e.Start(t.Context(), spec)
+			if err != nil {
+				errs[i] = err
+				return
+			}
+			machines[i] = m
+			var out bytes.Buffer
+			_, errs[i] = guestclient.New(m.DialGuest, guestclient.Options{Patience: 3 * time.Minute}).Exec(t.Context(),
+				guestproto.ExecRequest{Command: "head -c 32 /dev/urandom | base64; cat /proc/sys/kernel/random/boot_id"}, guestclient.ExecIO{Stdout: &out})
+			mu.Lock()
+			defer mu.Unlock()
+			for line := range strings.Lines(out.String()) {
+				seen[line] = true
+			}
+			t.Logf("machine %d has run its first command after %v", i, time.Since(began))
+		})
+	}
+	wg.Wait()
+	defer func() {
+		for _, m := range machines {
+			if m != nil {
+				_ = m.Stop(context.Background(), 0)
+			}
 		}
-	})
-	if len(ids) != 20 {
-		t.Errorf("ten machines have %d different random numbers and boot ids, want 20", len(ids))
+	}()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+	for i, m := range machines {
+		if warm, note := m.(engine.Beginner).Began(); !warm {
+			t.Errorf("machine %d booted: %s", i, note)
+		}
+		t.Logf("machine %d has %d KiB of memory (Pss)", i, pss(t, m.PIDs()[0]))
+	}
+	if len(seen) != 2*count {
+		t.Errorf("ten machines have %d different random numbers and boot ids, want %d", len(seen), 2*count)
 	}
 }
 

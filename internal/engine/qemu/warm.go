@@ -32,26 +32,26 @@ func (e *Engine) startTemplated(ctx context.Context, spec engine.MachineSpec, ac
 		return started(e.boot(ctx, spec, accel, nil, "warm starts of such machines have failed since the host booted, so it booted"))
 	}
 	held, err := t.acquire(ctx)
-	note := ""
-	if err == nil && held != nil {
+	if err != nil { // damaged on the disk, which says nothing against the next
+		err = errors.Join(err, t.store.Forget(t.name))
+	}
+	if held != nil {
 		var m *machine
 		if m, err = e.startWarm(ctx, spec, accel, held); err == nil {
 			return m, nil
+		}
+		var guest *guestError
+		if ctx.Err() == nil && !errors.As(err, &guest) {
+			err = errors.Join(err, t.reject())
 		}
 	}
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("starting qemu: %w", ctx.Err())
 	}
-	var guest *guestError
-	switch {
-	case errors.As(err, &guest): // of the disk, most likely, and the boot will tell
-		spec.Logger.Warn("a warm start failed", "error", err)
-	case err != nil:
-		spec.Logger.Warn("removing a template of no use", "error", err)
+	note := ""
+	if err != nil {
+		spec.Logger.Warn("a warm start has failed", "error", err)
 		note = fmt.Sprintf("the template of such machines was of no use, so it booted: %v", err)
-		if err := t.reject(); err != nil {
-			spec.Logger.Warn("removing a template", "error", err)
-		}
 	}
 	return started(e.boot(ctx, spec, accel, t, note))
 }
