@@ -189,7 +189,7 @@ func runProcess(version string, o options, stderr io.Writer) error {
 
 // runInit is the agent as pid 1 of a virtual machine.
 func runInit(version string) {
-	system, err := boot.Run()
+	system, err := boot.Run(rehearse)
 	if err != nil {
 		boot.Die(err)
 	}

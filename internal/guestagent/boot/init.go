@@ -51,8 +51,9 @@ type System struct {
 
 // Run boots. Faults that leave a usable system are printed and passed over. With
 // guestproto.WaitWord on the kernel's command line it waits for the host before
-// it touches the root disk.
-func Run() (*System, error) {
+// it touches the root disk. rehearse is called before that: it does what this
+// process will have to do once, so that no copy of it has to.
+func Run(rehearse func() error) (*System, error) {
 	if err := mountKernel(); err != nil {
 		return nil, err
 	}
@@ -78,6 +79,9 @@ func Run() (*System, error) {
 	}
 	if err := releaseDevices(); err != nil {
 		return nil, err
+	}
+	if err := rehearse(); err != nil {
+		warn(err)
 	}
 	r, err := awaitHost(s.Port)
 	if err == nil {

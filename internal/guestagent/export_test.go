@@ -1,0 +1,4 @@
+package guestagent
+
+// Rehearse is what an agent that waits for its host does first.
+var Rehearse = rehearse
