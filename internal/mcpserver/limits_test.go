@@ -30,6 +30,7 @@ func TestLimits(t *testing.T) {
 		{"RunTTL", "vm_run", args{"command": "true", "ttl_seconds": 0}, "--max-ttl-seconds"},
 		{"Prolong", "workspace_update", args{"workspace_id": "w", "ttl_seconds": 3600}, "--max-ttl-seconds"},
 		{"Network", "workspace_create", args{"network_policy": "egress"}, "--network-policy"},
+		{"RunNetwork", "vm_run", args{"command": "true", "network": true}, "--network-policy"},
 		{"HostCompat", "workspace_create", args{"allow_host_compat": true}, "--allow-host-compat"},
 		{"RunHostCompat", "vm_run", args{"command": "true", "allow_host_compat": true}, "--allow-host-compat"},
 		{"Engine", "workspace_create", args{"engine": "host"}, "--engine"},

@@ -1,6 +1,8 @@
 package mcpserver_test
 
 import (
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -50,6 +52,7 @@ func TestProjectIsFound(t *testing.T) {
 	}
 	home := t.TempDir()
 	git(t, home, "init", "--quiet")
+	writeFile(t, filepath.Join(home, "dotfile"), "x")
 	t.Setenv("HOME", home)
 	for _, test := range []struct {
 		name    string
@@ -61,7 +64,7 @@ func TestProjectIsFound(t *testing.T) {
 		{"Ignored", mcpserver.ProjectOptions{Dir: dir, IncludeIgnored: true}, []string{".gitignore", "file", "ignored"}},
 		{"Path", mcpserver.ProjectOptions{Path: sub, Dir: dir}, nil},
 		{"Home", mcpserver.ProjectOptions{Dir: home}, nil},
-		{"HomeByName", mcpserver.ProjectOptions{Path: home}, nil},
+		{"HomeByName", mcpserver.ProjectOptions{Path: home}, []string{"dotfile"}},
 		{"NoCheckout", mcpserver.ProjectOptions{Dir: t.TempDir()}, nil},
 		{"Gone", mcpserver.ProjectOptions{Dir: filepath.Join(dir, "gone")}, nil},
 		{"None", mcpserver.ProjectOptions{None: true, Dir: dir}, nil},
@@ -84,7 +87,7 @@ func TestProjectIsFound(t *testing.T) {
 			if seed := ws["workspace_seed"].(map[string]any); test.files != nil && seed["origin_kind"] != "git" {
 				t.Errorf("origin %v", seed)
 			}
-			if d := s.description("workspace_create"); test.files != nil && !strings.Contains(d, dir) {
+			if d := s.description("workspace_create"); test.files != nil && !strings.Contains(d, dir) && !strings.Contains(d, home) {
 				t.Errorf("the description does not name the project: %s", d)
 			}
 		})
@@ -189,6 +192,40 @@ func TestClonesOfTheDead(t *testing.T) {
 	defer second.Close()
 	if left, _ := filepath.Glob(filepath.Join(tmp, "pyro-clone-*")); len(left) != 2 || left[0] == dead || left[1] == dead {
 		t.Errorf("there are %q", left)
+	}
+}
+
+// The credentials of an address fetch the clone and do not get into it, which
+// goes into guests.
+func TestCloneKeepsCredentialsOut(t *testing.T) {
+	dir, _ := repository(t)
+	git(t, dir, "update-server-info")
+	asked := false
+	files := http.FileServer(http.Dir(filepath.Join(dir, ".git")))
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		user, password, ok := r.BasicAuth()
+		if !ok {
+			w.Header().Set("WWW-Authenticate", "Basic")
+			http.Error(w, "", http.StatusUnauthorized)
+			return
+		}
+		asked = user == "me" && password == "hunter2"
+		files.ServeHTTP(w, r)
+	}))
+	defer server.Close()
+	o := options(t)
+	o.Project = mcpserver.ProjectOptions{RepoURL: strings.Replace(server.URL, "://", "://me:hunter2@", 1)}
+	s := connect(t, newClient(t), o)
+	s.call("workspace_create", args{"name": "w"})
+	config := s.call("workspace_file_read", args{"workspace_id": "w", "path": ".git/config"})["content"].(string)
+	if !asked || strings.Contains(config, "hunter2") || !strings.Contains(config, server.URL) {
+		t.Errorf("asked %v; the clone's configuration is %s", asked, config)
+	}
+	if got := s.call("workspace_exec", args{"workspace_id": "w", "command": "grep -r hunter2 .; cat file"})["stdout"]; got != "two\n" {
+		t.Errorf("the workspace has %q", got)
+	}
+	if d := s.description("workspace_create"); strings.Contains(d, "hunter2") {
+		t.Errorf("the description has them: %s", d)
 	}
 }
 

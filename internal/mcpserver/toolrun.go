@@ -36,6 +36,7 @@ type runInput struct {
 	TTLSeconds      float64           `json:"ttl_seconds,omitempty" default:"600" min:"0" max:"1000000000" jsonschema:"limit for the guest; 0 for none"`
 	DiskMiB         int               `json:"disk_mib,omitempty" min:"1" max:"1073741824" jsonschema:"disk in MiB; the environment's own if left out"`
 	Env             map[string]string `json:"env,omitempty" jsonschema:"environment variables"`
+	Network         bool              `json:"network,omitempty" default:"false" jsonschema:"reach the internet, and nothing private"`
 	AllowHostCompat *bool             `json:"allow_host_compat,omitempty" jsonschema:"run on the host itself if nothing isolates; normally refused"`
 }
 
@@ -46,11 +47,11 @@ type environmentsOutput struct {
 
 var runTools = []tool{
 	define(tool{
-		name: "vm_run", title: "Run one command in a fresh guest", effect: destroys,
+		name: "vm_run", title: "Run one command in a fresh guest", effect: destroys, openWorld: true,
 		description: `Run one command in a fresh isolated guest and throw the guest away. Use it for a single self-contained command; nothing is kept and no files of the host are in it. For several commands on the same files use workspace_create and workspace_exec if they are offered.
 Returns exit_code, stdout, stderr, timed_out, and which isolation it ran with. A command that fails is a result with its exit_code, not an error. Of long output the beginning and the end come back: redirect and filter inside of the command.`,
 		example: `{"command":"python3 -c 'print(2**100)'"}`,
-		wide:    []string{"disk_mib", "env", "allow_host_compat"},
+		wide:    []string{"disk_mib", "env", "network", "allow_host_compat"},
 	}, vmRun),
 	define(tool{
 		name: "vm_list_environments", title: "List environments", effect: reads,
@@ -85,6 +86,12 @@ func vmRun(ctx context.Context, c *call, in runInput) (*runOutput, error) {
 	if err != nil {
 		return nil, err
 	}
+	policy := api.NetworkOff
+	if in.Network {
+		if policy, err = c.limits.networkPolicy(api.NetworkEgress); err != nil {
+			return nil, err
+		}
+	}
 	if strings.TrimSpace(in.Command) == "" {
 		return nil, api.Errorf(api.ErrInvalid, "command is empty")
 	}
@@ -96,7 +103,7 @@ func vmRun(ctx context.Context, c *call, in runInput) (*runOutput, error) {
 	out := c.captures()
 	res, err := c.client.Run(ctx, api.RunRequest{
 		Environment: in.Environment, Argv: []string{in.Command}, VCPUCount: in.VCPUCount, MemMiB: in.MemMiB, DiskMiB: disk,
-		Timeout: duration(in.TimeoutSeconds), TTL: ttl, Env: in.Env,
+		Timeout: duration(in.TimeoutSeconds), TTL: ttl, Env: in.Env, NetworkPolicy: policy,
 		Engine: c.limits.Engine, Require: c.limits.Require, AllowHostCompat: hostCompat,
 		Stdout: out.stdout, Stderr: out.stderr, Progress: c.progress.step,
 	})

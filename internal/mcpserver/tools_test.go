@@ -184,7 +184,7 @@ func TestService(t *testing.T) {
 	if !strings.HasPrefix(all, "1\n2\n") || !strings.HasSuffix(all, "\n9999\n10000\n") || strings.Count(all, "\n") != 10000 {
 		t.Errorf("in pieces: %d bytes, %d lines", len(all), strings.Count(all, "\n"))
 	}
-	if e := s.fails("service_start", args{"workspace_id": "w", "service_name": "web", "command": "true", "published_ports": []args{{"guest_port": 80, "host_port": nil}}}); e.Code != "denied" || !strings.Contains(e.Hint, "--network-policy egress+published-ports") {
+	if e := s.fails("service_start", args{"workspace_id": "w", "service_name": "web", "command": "true", "published_ports": []args{{"guest_port": 80, "host_port": nil}}}); e.Code != "denied" || !strings.Contains(e.Message, "this server allows") || !strings.Contains(e.Hint, "--network-policy egress+published-ports") {
 		t.Errorf("publishing: %+v", e)
 	}
 	if got := s.call("service_stop", at); got["state"] != "stopped" {
