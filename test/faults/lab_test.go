@@ -159,9 +159,14 @@ func (l *lab) end() {
 			}
 		}
 	}
-	if left := loopsOf(l.state); len(left) > 0 {
-		l.Errorf("loop devices are left: %s", strings.Join(left, "; "))
+	// The kernel gives a loop device back when it has written what it holds.
+	var loops []string
+	for began := time.Now(); time.Since(began) < within(20*time.Second); time.Sleep(100 * time.Millisecond) {
+		if loops = loopsOf(l.state); len(loops) == 0 {
+			return
+		}
 	}
+	l.Errorf("loop devices are left: %s", strings.Join(loops, "; "))
 }
 
 // dump shows what the machines of a failed test have logged.
