@@ -300,11 +300,25 @@ func expired(ws *store.Workspace) bool {
 	return ws.ExpiresAt != nil && timeLeft(ws) <= time.Millisecond
 }
 
-// Expire deletes the workspaces whose time is over. What somebody is changing
-// at the moment is left to the next call.
+// Expire deletes the workspaces whose time is over, also if the wall clock was
+// set back. What somebody is changing for longer than a moment is left to the
+// next call.
 func (m *Manager) Expire(ctx context.Context) error {
-	_, err := m.expire(ctx)
+	_, err := m.expireAll(ctx, lockPatience)
 	return err
+}
+
+// expireAll is expire that looks at every workspace.
+func (m *Manager) expireAll(ctx context.Context, patience time.Duration) (deleted []string, err error) {
+	st, err := m.store(ctx)
+	if err != nil {
+		return nil, err
+	}
+	all, err := st.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return m.expireThese(ctx, all, patience)
 }
 
 func (m *Manager) expire(ctx context.Context) (deleted []string, err error) {
@@ -312,22 +326,22 @@ func (m *Manager) expire(ctx context.Context) (deleted []string, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// Those that the wall clock says. A clock that was set back lets others
-	// live longer: their supervisors, which count for themselves, end them.
+	// Those that the wall clock says: quickly found. A clock that was set back
+	// hides others: their supervisors, which count for themselves, and a prune find these.
 	due, err := st.Due(ctx, time.Now())
 	if err != nil {
 		return nil, err
 	}
-	return m.expireThese(ctx, due)
+	return m.expireThese(ctx, due, 0)
 }
 
-func (m *Manager) expireThese(ctx context.Context, due []*store.Workspace) (deleted []string, err error) {
+func (m *Manager) expireThese(ctx context.Context, due []*store.Workspace, patience time.Duration) (deleted []string, err error) {
 	var errs []error
 	for _, ws := range due {
 		if !expired(ws) {
 			continue
 		}
-		h, err := m.holdRow(ctx, ws, 0)
+		h, err := m.holdRow(ctx, ws, patience)
 		if errors.Is(err, api.ErrBusy) || errors.Is(err, api.ErrNotFound) {
 			continue
 		}
@@ -353,7 +367,7 @@ func (m *Manager) expireThese(ctx context.Context, due []*store.Workspace) (dele
 // processes have left.
 func (m *Manager) PruneWorkspaces(ctx context.Context) (*api.PruneResult, error) {
 	before := diskUsage(m.state.Path())
-	deleted, err := m.expire(ctx)
+	deleted, err := m.expireAll(ctx, 0)
 	errs := []error{err}
 	st, err := m.store(ctx)
 	if err != nil {
