@@ -408,6 +408,9 @@ func (s *supervisor) serve(ctx context.Context) {
 	m := s.machine
 	s.mu.Unlock()
 	go s.watchMachine(ctx, m)
+	if s.cfg.Spec.Disk != "" && strings.HasSuffix(s.cfg.Spec.Disk, "."+string(engine.DiskExt4)) {
+		go s.watchSpace(ctx)
+	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	guest, err := inherited(fdGuest)
