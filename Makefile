@@ -6,7 +6,7 @@ PREFIX   ?= /usr/local
 FUZZTIME ?= 30s
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-guests lint bench fuzz check install man clean
+.PHONY: help setup build test test-guests test-faults lint bench fuzz check install man clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,13 @@ test: ## run the tests that need no guest, with the race detector
 test-guests: build ## run the engine suite and the scenarios on real guests
 	PYRO_TEST_ENGINE=gvisor PYRO_RUNSC=$(CURDIR)/bin/pyro-runsc go test -count=1 -timeout 30m ./internal/engine/... ./test/...
 	PYRO_TEST_ENGINE=qemu go test -count=1 -timeout 40m ./test/...
+
+# FAULT_ENGINES are the engines to break: CI gives each a job of its own.
+FAULT_ENGINES ?= host gvisor qemu
+test-faults: build ## kill, fill, damage and race pyro at every step, on each of FAULT_ENGINES
+	@set -e; for e in $(FAULT_ENGINES); do echo "engine $$e"; \
+		PYRO_TEST_ENGINE=$$e PYRO_TEST_REQUIRE=faults,$$e PYRO_RUNSC=$(CURDIR)/bin/pyro-runsc \
+		go test -count=1 -timeout 90m ./test/faults; done
 
 lint: ## gofmt, go vet, staticcheck, errcheck
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; echo "run gofmt -w on these"; exit 1; }

@@ -20,6 +20,7 @@ const year = 365 * 24 * time.Hour
 // TestClockJumps sets the wall clock by moving what was written down by it:
 // nobody can tell the difference.
 func TestClockJumps(t *testing.T) {
+	thoroughOnly(t)
 	l := newLab(t)
 	for _, tt := range []struct {
 		name string

@@ -212,10 +212,16 @@ var elsewhere = map[string][]string{
 // operations that change disks, the only ones that they do in another way.
 var costly = map[string]string{"qemu": "^(snapshot|supervise-snapshot|compact|snapshot-stopped|reset|stop)/"}
 
+// quick are the operations that every go test ./... goes through.
+var quick = []string{"create supervisor", "delete", "snapshot delete", "export", "exec", "expire"}
+
 func TestCrash(t *testing.T) {
 	points := failpoints(t)
 	for name, c := range crashes {
 		t.Run(name, func(t *testing.T) {
+			if !slices.Contains(quick, name) {
+				thoroughOnly(t)
+			}
 			t.Parallel()
 			l := newLab(t)
 			for _, point := range points {

@@ -67,6 +67,7 @@ func fill(t *testing.T, dir string, left int64) (free func()) {
 // TestHostDiskFull fills the disk of the state directory before and during
 // everything that writes there.
 func TestHostDiskFull(t *testing.T) {
+	thoroughOnly(t)
 	dir := t.TempDir()
 	disk := filepath.Join(dir, "disk")
 	smallDisk(t, disk, "512m")

@@ -177,6 +177,7 @@ func (l *lab) killDuring(activity string, begin func(*lab) *exec.Cmd, victim str
 
 // TestStop stops machines that do not answer.
 func TestStopFrozen(t *testing.T) {
+	thoroughOnly(t)
 	l := newLab(t)
 	l.create("w")
 	l.exec("w", "echo acknowledged > kept; sync")

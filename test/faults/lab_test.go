@@ -62,8 +62,17 @@ func within(limit time.Duration) time.Duration {
 }
 
 // thorough says that PYRO_TEST_REQUIRE lists "faults": all cases are wanted, at
-// full size. Without it those run that take a minute together on engine host.
+// full size.
 func thorough() bool { return testenv.Wanted("faults") }
+
+// thoroughOnly skips what would keep a plain go test ./... for longer than a
+// minute together. Whoever names an engine has the time.
+func thoroughOnly(t *testing.T) {
+	t.Helper()
+	if !thorough() && os.Getenv("PYRO_TEST_ENGINE") == "" {
+		t.Skip("takes long: make test-faults runs it")
+	}
+}
 
 // A lab is a state directory with a workspace in it, the bystander, that no fault
 // in another one may touch.

@@ -76,6 +76,7 @@ func TestManyExecs(t *testing.T) {
 
 // TestGreatOutput passes a GiB through each process, none of which keeps it.
 func TestGreatOutput(t *testing.T) {
+	thoroughOnly(t)
 	size := int64(1 << 30)
 	if engineName() == "qemu" || !thorough() {
 		size = 64 << 20
@@ -131,6 +132,7 @@ func TestGreatOutput(t *testing.T) {
 // TestGreatFiles takes a great file in and out, and an interrupted sync shows
 // nothing.
 func TestGreatFiles(t *testing.T) {
+	thoroughOnly(t)
 	size := int64(1 << 30)
 	if engineName() != "host" || !thorough() {
 		size = 32 << 20
@@ -215,6 +217,7 @@ func digest(t *testing.T, path string) (sum [32]byte) {
 // TestSoak makes, uses and deletes workspaces for a while, four at a time, and
 // nothing grows.
 func TestSoak(t *testing.T) {
+	thoroughOnly(t)
 	rounds := 30
 	if engineName() == "qemu" {
 		rounds = 6

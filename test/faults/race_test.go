@@ -17,13 +17,15 @@ import (
 
 // raceRounds is how often each pair is raced.
 func raceRounds() int {
-	switch engineName() {
-	case "host":
-		return 200
-	case "qemu":
-		return 2
+	switch {
+	case engineName() == "qemu":
+		return 1
+	case engineName() == "gvisor":
+		return 4
+	case thorough():
+		return 20
 	}
-	return 20
+	return 2
 }
 
 // acceptable are the classes that the loser of a race may report: the others
@@ -132,8 +134,7 @@ func TestRacePairs(t *testing.T) {
 			t.Parallel()
 			l := newLab(t)
 			l.create("w")
-			rounds := raceRounds() / 10
-			for range rounds {
+			for range raceRounds() {
 				// Winners differ from round to round: whatever the one before left.
 				if !strings.Contains(name, "start") {
 					mustStart(l)
@@ -178,6 +179,7 @@ func mustGlob(l *lab, pattern string) []string {
 
 // TestRaceAll sends fifty commands at one workspace at once.
 func TestRaceAll(t *testing.T) {
+	thoroughOnly(t)
 	l := newLab(t)
 	l.create("w")
 	var commands [][]string
