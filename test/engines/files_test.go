@@ -74,7 +74,9 @@ func TestFiles(t *testing.T) {
 	}
 	g := enginetest.Boot(t, s, on)
 	m := machine{g.Client, time.Duration(max(1, caps.TimeScale))}
-	took := func(what string, began time.Time) { t.Logf("%s took %v", what, time.Since(began).Round(time.Millisecond)) }
+	took := func(what string, began time.Time) {
+		t.Logf("%s took %v", what, time.Since(began).Round(time.Millisecond))
+	}
 	archive := manyFiles(t)
 
 	began := time.Now()
