@@ -34,10 +34,11 @@ var npmPackages = []string{
 }
 
 // installNPM returns the directory with the packages' programs and Node.js. They
-// are installed once, below the user's cache directory, and only if
-// PYRO_TEST_REQUIRE asks for npm: it takes the network and most of a gigabyte.
+// are installed once, below the user's cache directory, which takes the network and
+// most of a gigabyte; and used only if PYRO_TEST_REQUIRE asks for npm.
 func installNPM(t *testing.T) (bin string) {
 	t.Helper()
+	testenv.Require(t, "npm", testenv.Wanted("npm"), "these clients take a minute, and the network the first time; "+testenv.Variable+"=npm runs them")
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		t.Fatal(err)
@@ -46,7 +47,6 @@ func installNPM(t *testing.T) (bin string) {
 	top := filepath.Join(cache, "pyro-test-npm", hex.EncodeToString(sum[:6]))
 	done := filepath.Join(top, "done")
 	if _, err := os.Stat(done); err != nil {
-		testenv.Require(t, "npm", testenv.Wanted("npm"), "the clients are not installed; "+testenv.Variable+"=npm installs them")
 		testenv.RequireTools(t, "npm", "npm")
 		if err := os.MkdirAll(top, 0o755); err != nil {
 			t.Fatal(err)
