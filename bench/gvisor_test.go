@@ -43,7 +43,11 @@ type gvisorFixture struct {
 
 func newGvisorFixture(b *testing.B) *gvisorFixture {
 	b.Helper()
-	e := gvisor.New(gvisor.Options{})
+	runtime := os.Getenv("PYRO_RUNSC")
+	if _, err := os.Stat(program("pyro-runsc")); err == nil && runtime == "" {
+		runtime = program("pyro-runsc") // as pyro beside it finds it
+	}
+	e := gvisor.New(gvisor.Options{Runtime: runtime})
 	caps := e.Probe(b.Context())
 	testenv.Require(b, "gvisor", caps.Available, caps.Detail)
 	runsc, err := e.Runtime(b.Context())
