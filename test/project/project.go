@@ -198,7 +198,7 @@ func Unpack(ctx context.Context, name, dir string) error {
 		if err != nil {
 			return err
 		}
-		defer wheel.Close()
+		defer func() { _ = wheel.Close() }()
 		return os.CopyFS(dir, wheel)
 	}
 	tarball, err := os.Open(path)
