@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets pyro up on a Debian or Ubuntu machine: the host packages, Go if there is
 # none new enough, and the programs in bin/. With "test" it also runs all tests,
-# the fast ones and those on real guests. It changes nothing outside this
+# the fast ones and those on real guests; with "clients" those with MCP clients
+# from npm. It changes nothing outside this
 # directory but the packages it installs and the caches of Go and pyro.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -88,10 +89,21 @@ test)
 	build
 	make --no-print-directory test test-guests
 	;;
+clients)
+	# Other people's MCP clients come from npm; a registry that cannot be reached
+	# is no fault of pyro's.
+	install_packages npm
+	if ! timeout 120 npm view @modelcontextprotocol/inspector version >/dev/null 2>&1; then
+		say "the npm registry cannot be reached: the tests with other people's MCP clients are left out"
+		exit 0
+	fi
+	build
+	PYRO_TEST_REQUIRE=npm go test -count=1 -timeout 20m -run 'TestConformance|TestInspector' ./test/mcp
+	;;
 lint)
 	make --no-print-directory lint
 	;;
 *)
-	die "unknown argument $1: use nothing, test or lint"
+	die "unknown argument $1: use nothing, test, clients or lint"
 	;;
 esac

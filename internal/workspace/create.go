@@ -233,11 +233,11 @@ func newDirectory(ctx context.Context, dir statedir.Workspace) (lock *hostproc.L
 // create does everything between the record and a workspace that is ready.
 func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Source, req api.CreateRequest) error {
 	image, sd, err := h.m.ingredients(ctx, c, source, req)
-	defer image.Close()
-	defer sd.Close()
 	if err != nil {
 		return err
 	}
+	defer image.Close()
+	defer sd.Close()
 	failpoint.Hit("create/gathered")
 	err = h.update(ctx, func(ws *store.Workspace) error {
 		if image != nil {
@@ -316,7 +316,12 @@ func (m *Manager) ingredients(ctx context.Context, c engine.Candidate, source se
 			return err
 		})
 	}
-	return image, sd, g.Wait()
+	if err := g.Wait(); err != nil {
+		image.Close()
+		sd.Close()
+		return nil, nil, err
+	}
+	return image, sd, nil
 }
 
 // upload puts the seed's files into the guest.
