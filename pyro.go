@@ -81,14 +81,28 @@ func (c *Client) Run(ctx context.Context, req api.RunRequest) (*api.ExecResult, 
 	return c.m.Run(ctx, req)
 }
 
-// Environments lists the catalog.
+// Environments lists the catalog, and the images that were pulled behind it.
 func (c *Client) Environments(ctx context.Context) ([]api.Environment, error) {
 	return c.m.Environments().List(ctx)
 }
 
-// PullEnvironment builds or repairs an environment. progress may be nil.
+// PullEnvironment builds or repairs an environment: a curated one by its name,
+// or one from an OCI image by a reference such as docker://python:3.13-slim.
+// progress may be nil.
 func (c *Client) PullEnvironment(ctx context.Context, name string, progress func(api.Progress)) (api.Environment, error) {
 	return c.m.Environments().Pull(ctx, name, progress)
+}
+
+// PullEnvironmentAs is PullEnvironment, and calls what is pulled from an OCI
+// image alias, unless that is "".
+func (c *Client) PullEnvironmentAs(ctx context.Context, reference, alias string, progress func(api.Progress)) (api.Environment, error) {
+	return c.m.Environments().PullAs(ctx, reference, alias, progress)
+}
+
+// RemoveEnvironment takes an installed environment's name away, and its files
+// as soon as no workspace was made from them.
+func (c *Client) RemoveEnvironment(ctx context.Context, name string) (api.PruneResult, error) {
+	return c.m.RemoveEnvironment(ctx, name)
 }
 
 // InspectEnvironment describes one environment.

@@ -14,6 +14,12 @@ type Environment struct {
 	Installed           bool     `json:"installed"`
 	SizeBytes           int64    `json:"size_bytes"` // space the image takes on the host's disk
 	InstallDir          string   `json:"install_dir"`
+
+	// Of environments that were pulled from an OCI image: the reference in
+	// full, the digest of the image's manifest, and the image's settings.
+	ImageReference string       `json:"image_reference,omitempty"`
+	ImageDigest    string       `json:"image_digest,omitempty"`
+	Config         *ImageConfig `json:"config,omitempty"`
 }
 
 // Progress is one step of long work. Phase is a short stable name; Message is

@@ -3,12 +3,14 @@ package cli
 import (
 	"context"
 	"fmt"
+	"strconv"
 	"strings"
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/boundedlog"
 )
 
 func newEnvCmd(a *app) *cobra.Command {
@@ -28,6 +30,7 @@ func newEnvCmd(a *app) *cobra.Command {
 			ValidArgsFunction: completeEnvironment(a),
 		},
 		newEnvPullCmd(a),
+		newEnvRemoveCmd(a),
 		newEnvPruneCmd(a),
 	)
 	cmd.Aliases = []string{"environment"}
@@ -35,21 +38,47 @@ func newEnvCmd(a *app) *cobra.Command {
 }
 
 func newEnvPullCmd(a *app) *cobra.Command {
+	var name string
 	cmd := &cobra.Command{
 		Use: "pull ENVIRONMENT", Short: "Build an environment, or check and repair an installed one",
-		Long: `Pull builds an environment from Debian's signed packages into an image in the
-cache. An installed environment is checked byte for byte and built anew if it is
+		Long: `Pull builds an environment in the cache: a curated one from Debian's signed
+packages, or one from an OCI image:
+
+  docker://[HOST[:PORT]/]NAME[:TAG][@DIGEST]   of a registry, with the
+                                               credentials of docker login
+  oci-layout:DIRECTORY[@NAME]                  of an OCI image layout
+  docker-archive:FILE[@NAME:TAG]               of a file of docker save
+
+An image is then used by its short name, such as python:3.13-slim, or by the one
+given with --name. Pulling it again looks whether its reference means another
+image by now. Layers that were fetched are not fetched again.
+
+An installed environment is checked byte for byte and built anew if it is
 damaged. An interrupted pull leaves nothing half done; the next one goes on with
-the packages that were already fetched. If another pull of the same environment
-is under way this one waits for it and uses the result.`,
-		Example: "  pyro env pull debian:12-build",
+what was already fetched. If another pull of the same environment is under way
+this one waits for it and uses the result.`,
+		Example: "  pyro env pull debian:12-build\n  pyro env pull docker://python:3.13-slim\n  pyro env pull --name tools docker-archive:tools.tar",
 		Args:    args(cobra.ExactArgs(1)),
-		RunE:    func(cmd *cobra.Command, given []string) error { return runEnvPull(cmd.Context(), a, given[0]) },
+		RunE:    func(cmd *cobra.Command, given []string) error { return runEnvPull(cmd.Context(), a, given[0], name) },
 
 		ValidArgsFunction: completeEnvironment(a),
 	}
+	cmd.Flags().StringVar(&name, "name", "", "what to call the environment of an image")
 	cmd.Flags().BoolVar(&a.quiet, "quiet", false, "no progress on stderr")
 	return cmd
+}
+
+func newEnvRemoveCmd(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: "remove ENVIRONMENT", Short: "Remove an installed environment",
+		Long: `Remove takes an environment out of the cache. A workspace that was made from it
+goes on: its files stay until it is deleted and pyro env prune is run.`,
+		Example: "  pyro env remove python:3.13-slim",
+		Args:    args(cobra.ExactArgs(1)),
+		RunE:    func(cmd *cobra.Command, given []string) error { return runEnvRemove(cmd.Context(), a, given[0]) },
+
+		ValidArgsFunction: completeEnvironment(a),
+	}
 }
 
 func newEnvPruneCmd(a *app) *cobra.Command {
@@ -105,13 +134,13 @@ func runEnvInspect(ctx context.Context, a *app, name string) error {
 	return a.printEnvironment(e)
 }
 
-func runEnvPull(ctx context.Context, a *app, name string) error {
+func runEnvPull(ctx context.Context, a *app, what, name string) error {
 	client, err := a.client(ctx)
 	if err != nil {
 		return err
 	}
 	progress := a.newProgress()
-	e, err := client.PullEnvironment(ctx, name, progress.show)
+	e, err := client.PullEnvironmentAs(ctx, what, name, progress.show)
 	progress.clear()
 	if err != nil {
 		return err
@@ -123,10 +152,10 @@ func (a *app) printEnvironment(e api.Environment) error {
 	if a.json {
 		return a.printJSON(e)
 	}
-	for _, row := range [][2]string{
+	rows := [][2]string{
 		{"name", e.Name},
 		{"description", e.Description},
-		{"distribution", e.Distribution + " " + e.DistributionVersion},
+		{"distribution", strings.TrimSpace(e.Distribution + " " + e.DistributionVersion)},
 		{"platform", e.Platform},
 		{"version", e.Version},
 		{"source", e.Source},
@@ -134,12 +163,46 @@ func (a *app) printEnvironment(e api.Environment) error {
 		{"digest", e.Digest},
 		{"directory", e.InstallDir},
 		{"packages", strings.Join(e.DefaultPackages, " ")},
-	} {
+		{"image", e.ImageReference},
+		{"image digest", e.ImageDigest},
+	}
+	if c := e.Config; c != nil {
+		rows = append(rows, [][2]string{
+			{"env", quoted(c.Env)},
+			{"working dir", c.WorkingDir},
+			{"user", c.User},
+			{"entry point", quoted(c.Entrypoint)},
+			{"command", quoted(c.Cmd)},
+		}...)
+	}
+	for _, row := range rows {
 		if row[1] != "" {
-			fmt.Fprintf(a.Out, "%-13s %s\n", row[0], row[1])
+			// An image's settings are anybody's text.
+			fmt.Fprintf(a.Out, "%-13s %s\n", row[0], boundedlog.Printable(row[1]))
 		}
 	}
 	return nil
+}
+
+// quoted shows a list so that it can be told where a word ends.
+func quoted(words []string) string {
+	var out []string
+	for _, w := range words {
+		out = append(out, strconv.Quote(w))
+	}
+	return strings.Join(out, " ")
+}
+
+func runEnvRemove(ctx context.Context, a *app, name string) error {
+	client, err := a.client(ctx)
+	if err != nil {
+		return err
+	}
+	res, err := client.RemoveEnvironment(ctx, name)
+	if err != nil {
+		return err
+	}
+	return a.printPruned(res)
 }
 
 func runEnvPrune(ctx context.Context, a *app, all bool) error {

@@ -1,7 +1,7 @@
 // Package environment keeps the images that workspaces start from: it knows
 // the curated catalog, builds an environment on this machine from its
-// distribution's signed packages, and hands out the installed image, checked
-// and held for as long as somebody uses it.
+// distribution's signed packages or from any OCI image, and hands out the
+// installed image, checked and held for as long as somebody uses it.
 //
 // What "installed" promises (whole or absent, shared, never written) is the
 // business of package artifact; what goes into an image is that of the
@@ -17,17 +17,18 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/artifact"
 	"github.com/pyro-mcp/pyro/internal/environment/debian"
+	"github.com/pyro-mcp/pyro/internal/environment/oci"
 	"github.com/pyro-mcp/pyro/internal/mmdebstrap"
 )
 
 // Options configures a Store.
 type Options struct {
-	// CacheDir is pyro's cache directory; the store uses environments below it.
+	// CacheDir is pyro's cache directory; the store uses environments and
+	// layers below it.
 	CacheDir string
 	Logger   *slog.Logger
 	// DebianMirror is used in place of Debian's own mirrors: a URL, and after
@@ -41,13 +42,21 @@ type Options struct {
 	TempDir string
 	// Mmdebstrap is the build tool, "" for the one on PATH.
 	Mmdebstrap string
+	// RegistryMirror is asked first for images of the default registry:
+	// HOST[:PORT][/PATH], "" for none.
+	RegistryMirror string
 }
 
-// A Store is the catalog together with what is installed of it. Its methods
-// may be called concurrently, by several processes too.
+// A Store is the catalog together with what is installed of it, and the OCI
+// images that were pulled. Its methods may be called concurrently, by several
+// processes too.
+//
+// An environment goes by its name. Where a method takes one, the reference of
+// an OCI image means the environment that was pulled from there.
 type Store struct {
 	artifacts *artifact.Store
 	debian    *debian.Builder
+	images    *oci.Puller
 	log       *slog.Logger
 }
 
@@ -64,6 +73,11 @@ func Open(opts Options) (*Store, error) {
 	return &Store{
 		artifacts: artifacts,
 		log:       opts.Logger,
+		images: &oci.Puller{
+			CacheDir: filepath.Join(opts.CacheDir, "layers"),
+			Logger:   opts.Logger,
+			Mirror:   opts.RegistryMirror,
+		},
 		debian: &debian.Builder{
 			Tool: mmdebstrap.Tool{
 				Path:    opts.Mmdebstrap,
@@ -88,6 +102,8 @@ type Image struct {
 	Path string
 	// DiskMiB is the size of the disk that the image is.
 	DiskMiB int
+	// Config holds the settings of an OCI image, nothing for a curated one.
+	Config api.ImageConfig
 	// Lock holds the image. A child process that inherits it holds the image
 	// too, also after Close here.
 	Lock *os.File
@@ -103,7 +119,8 @@ func (i *Image) Close() error {
 	return err
 }
 
-// List returns the catalog and what is installed of it, by name.
+// List returns the catalog and what is installed of it, and the pulled images
+// behind it, each by name.
 func (s *Store) List(ctx context.Context) ([]api.Environment, error) {
 	var out []api.Environment
 	for _, r := range debian.Catalog {
@@ -113,25 +130,52 @@ func (s *Store) List(ctx context.Context) ([]api.Environment, error) {
 		}
 		out = append(out, env)
 	}
+	installed, err := s.installedImages()
+	if err != nil {
+		return nil, err
+	}
+	for _, i := range installed {
+		out = append(out, s.describeImage(i))
+	}
 	return out, nil
 }
 
-// Inspect describes one environment. An unknown name is api.ErrNotFound.
+// Inspect describes one environment. An unknown name is api.ErrNotFound; what
+// an image's reference means is only known when it is pulled.
 func (s *Store) Inspect(ctx context.Context, name string) (api.Environment, error) {
-	r, err := find(name)
+	if r, ok := curated(name); ok {
+		return s.describe(r)
+	}
+	i, err := s.findImage(name)
 	if err != nil {
 		return api.Environment{}, err
 	}
-	return s.describe(r)
+	return s.describeImage(i), nil
 }
 
 // Pull builds the environment if it is not installed, or damaged, or made by
-// an older recipe. An installed one is read in full to be sure. progress may
-// be nil; it is called from this goroutine or from one that ends before Pull.
+// an older recipe. An installed one is read in full to be sure. An image is
+// looked up anew, and pulled if its reference means another one by now.
+// progress may be nil; it is called from one goroutine at a time, and not any
+// more when Pull has returned.
 func (s *Store) Pull(ctx context.Context, name string, progress func(api.Progress)) (api.Environment, error) {
-	r, err := find(name)
-	if err != nil {
-		return api.Environment{}, err
+	return s.PullAs(ctx, name, "", progress)
+}
+
+// PullAs is Pull, and calls what is pulled from an image's reference alias, if
+// that is not "". A name that means another image is api.ErrExists.
+func (s *Store) PullAs(ctx context.Context, name, alias string, progress func(api.Progress)) (api.Environment, error) {
+	r, ok := curated(name)
+	if ok && alias != "" {
+		return api.Environment{}, api.Errorf(api.ErrInvalid, "%s has its name from the catalog, only an image can be given another", name)
+	}
+	if !ok {
+		i, held, err := s.pullImage(ctx, name, alias, progress)
+		if err != nil {
+			return api.Environment{}, err
+		}
+		defer held.Close()
+		return s.describeImage(i), nil
 	}
 	held, err := s.install(ctx, r, progress)
 	if err != nil {
@@ -141,19 +185,22 @@ func (s *Store) Pull(ctx context.Context, name string, progress func(api.Progres
 	return s.describe(r)
 }
 
-// Use returns the environment's image, pulling it if it is not installed. An
-// installed image is checked: at little cost unless somebody touched it. A
-// damaged one is api.ErrDamaged; the next Pull mends it.
+// Use returns the environment's image, pulling it if it is not installed and
+// is curated or named by an image's reference. An installed image is checked:
+// at little cost unless somebody touched it. A damaged one is api.ErrDamaged;
+// the next Pull mends it.
 func (s *Store) Use(ctx context.Context, name string, progress func(api.Progress)) (*Image, error) {
-	r, err := find(name)
-	if err != nil {
-		return nil, err
+	var held *artifact.Held
+	var err error
+	if r, ok := curated(name); ok {
+		held, err = s.artifacts.Acquire(ctx, name)
+		if errors.Is(err, api.ErrNotFound) {
+			held, err = s.install(ctx, r, progress)
+		}
+	} else {
+		held, err = s.useImage(ctx, name, progress)
 	}
-	held, err := s.artifacts.Acquire(ctx, name)
-	if errors.Is(err, api.ErrNotFound) {
-		held, err = s.install(ctx, r, progress)
-	}
-	if errors.Is(err, api.ErrDamaged) {
+	if errors.Is(err, api.ErrDamaged) && api.Hint(err) == "" {
 		err = api.WithHint(err, "run pyro env pull %s to build it again", name)
 	}
 	if err != nil {
@@ -208,7 +255,10 @@ func (s *Store) Prune(ctx context.Context, opts PruneOptions) (api.PruneResult, 
 		out.Removed = append(out.Removed, what)
 	}
 	out.FreedBytes = pruned.FreedBytes
-	return out, err
+	if err != nil {
+		return out, err
+	}
+	return out, s.pruneLayers(opts.All, &out)
 }
 
 // forget takes the name from an image that nobody holds right now.
@@ -243,11 +293,17 @@ func newImage(name string, held *artifact.Held) (*Image, error) {
 		held.Close()
 		return nil, api.Errorf(api.ErrDamaged, "environment %q: its manifest names no disk size", name)
 	}
+	config, err := configOf(held.Manifest)
+	if err != nil {
+		held.Close()
+		return nil, fmt.Errorf("environment %q: %w", name, err)
+	}
 	return &Image{
 		Name:    name,
 		Digest:  held.Digest,
 		Path:    held.Path(debian.ImageFile),
 		DiskMiB: mib,
+		Config:  config,
 		Lock:    held.Lock,
 	}, nil
 }
@@ -277,15 +333,12 @@ func (s *Store) describe(r debian.Recipe) (api.Environment, error) {
 	return env, nil
 }
 
-func find(name string) (debian.Recipe, error) {
-	var names []string
+// curated looks a name up in the catalog.
+func curated(name string) (debian.Recipe, bool) {
 	for _, r := range debian.Catalog {
 		if r.Name == name {
-			return r, nil
+			return r, true
 		}
-		names = append(names, r.Name)
 	}
-	return debian.Recipe{}, api.WithHint(
-		api.Errorf(api.ErrNotFound, "there is no environment %.100q", name),
-		"the environments are %s", strings.Join(names, ", "))
+	return debian.Recipe{}, false
 }

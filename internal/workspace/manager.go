@@ -83,7 +83,9 @@ func New(ctx context.Context, o Options) (*Manager, error) {
 		return nil, fmt.Errorf("opening cache directory: %w", err)
 	}
 	mirror := os.Getenv("PYRO_DEBIAN_MIRROR")
-	m.environments, err = environment.Open(environment.Options{CacheDir: m.cacheDir, Logger: m.log, DebianMirror: mirror})
+	m.environments, err = environment.Open(environment.Options{
+		CacheDir: m.cacheDir, Logger: m.log, DebianMirror: mirror, RegistryMirror: os.Getenv("PYRO_REGISTRY_MIRROR"),
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -160,6 +162,20 @@ func orDefault(given string, fallback func(func(string) string) (string, error))
 
 // Environments gives the catalog and the images.
 func (m *Manager) Environments() *environment.Store { return m.environments }
+
+// RemoveEnvironment takes an installed environment's name away, and its files
+// unless a workspace was made from them.
+func (m *Manager) RemoveEnvironment(ctx context.Context, name string) (api.PruneResult, error) {
+	st, err := m.store(ctx)
+	if err != nil {
+		return api.PruneResult{}, err
+	}
+	inUse, err := st.EnvironmentDigests(ctx)
+	if err != nil {
+		return api.PruneResult{}, err
+	}
+	return m.environments.Remove(ctx, name, slices.Collect(maps.Keys(inUse)))
+}
 
 // Prune removes what nothing uses any more: abandoned machines, and images and
 // kernels that are damaged, out of date or left over from interrupted builds;

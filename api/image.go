@@ -1,0 +1,17 @@
+package api
+
+// ImageConfig is what an OCI image says of how to run it. It is data of whoever
+// made the image: bounded and checked for form when the image is pulled, and
+// meant for the guest only.
+type ImageConfig struct {
+	// Env holds "NAME=value", each name once, in the image's order.
+	Env []string `json:"env,omitempty"`
+	// WorkingDir is an absolute path without "..", "" for none. It exists in
+	// the environment, or is something else than a directory there.
+	WorkingDir string `json:"working_dir,omitempty"`
+	// User is a name or number with an optional group, as in "app:1000". Only
+	// the guest can say what a name means.
+	User       string   `json:"user,omitempty"`
+	Entrypoint []string `json:"entrypoint,omitempty"`
+	Cmd        []string `json:"cmd,omitempty"`
+}
