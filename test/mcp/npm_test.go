@@ -24,26 +24,33 @@ import (
 // The programs of others that pyro is held against, pinned. Newer versions of
 // the first two want a newer Node.js than distributions have, so that comes
 // along.
-var npmPackages = []string{
-	"node-" + runtime.GOOS + "-" + map[string]string{"amd64": "x64", "arm64": "arm64"}[runtime.GOARCH] + "@22.23.3",
+var npmClients = []string{
+	nodePackage + "@22.23.3",
 	"@modelcontextprotocol/conformance@0.1.16",
 	"@modelcontextprotocol/inspector@1.0.3",
+}
+
+// npmHosts are the chat hosts, a gigabyte of them.
+var npmHosts = []string{
+	nodePackage + "@22.23.3",
 	"@anthropic-ai/claude-code@2.1.330",
 	"@openai/codex@0.169.0",
 	"opencode-ai@1.18.33",
 }
 
+var nodePackage = "node-" + runtime.GOOS + "-" + map[string]string{"amd64": "x64", "arm64": "arm64"}[runtime.GOARCH]
+
 // installNPM returns the directory with the packages' programs and Node.js. They
-// are installed once, below the user's cache directory, which takes the network and
-// most of a gigabyte; and used only if PYRO_TEST_REQUIRE asks for npm.
-func installNPM(t *testing.T) (bin string) {
+// are installed once, below the user's cache directory, which takes the network;
+// and used only if PYRO_TEST_REQUIRE asks for npm.
+func installNPM(t *testing.T, packages []string) (bin string) {
 	t.Helper()
 	testenv.Require(t, "npm", testenv.Wanted("npm"), "these clients take a minute, and the network the first time; "+testenv.Variable+"=npm runs them")
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		t.Fatal(err)
 	}
-	sum := sha256.Sum256([]byte(strings.Join(npmPackages, " ")))
+	sum := sha256.Sum256([]byte(strings.Join(packages, " ")))
 	top := filepath.Join(cache, "pyro-test-npm", hex.EncodeToString(sum[:6]))
 	done := filepath.Join(top, "done")
 	if _, err := os.Stat(done); err != nil {
@@ -60,7 +67,7 @@ func installNPM(t *testing.T) (bin string) {
 			t.Fatal(err)
 		}
 		if _, err := os.Stat(done); err != nil {
-			run(t, exec.Command("npm", append([]string{"install", "--prefix", top, "--no-audit", "--no-fund", "--loglevel=error"}, npmPackages...)...))
+			run(t, exec.Command("npm", append([]string{"install", "--prefix", top, "--no-audit", "--no-fund", "--loglevel=error"}, packages...)...))
 			write(t, done, "")
 		}
 	}
@@ -72,8 +79,7 @@ func installNPM(t *testing.T) (bin string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	node, _, _ := strings.Cut(npmPackages[0], "@")
-	for _, f := range append(found, filepath.Join(top, "node_modules", node, "bin", "node")) {
+	for _, f := range append(found, filepath.Join(top, "node_modules", nodePackage, "bin", "node")) {
 		if err := os.Symlink(f, filepath.Join(bin, filepath.Base(f))); err != nil && filepath.Base(f) != "node" {
 			t.Fatal(err)
 		}
@@ -127,7 +133,7 @@ func (p *pyro) serveHTTP(t *testing.T, args ...string) (url, token string) {
 // The conformance suite's scenarios that hold for every server. The others want
 // a server with the suite's own tools.
 func TestConformance(t *testing.T) {
-	bin := installNPM(t)
+	bin := installNPM(t, npmClients)
 	p := newPyro(t)
 	// The suite knows no token: something between adds it, and nothing else.
 	var target *url.URL
@@ -166,7 +172,7 @@ func TestConformance(t *testing.T) {
 // The inspector's command line, which is built on the TypeScript library, over
 // both transports.
 func TestInspector(t *testing.T) {
-	bin := installNPM(t)
+	bin := installNPM(t, npmClients)
 	p := newPyro(t)
 	wrapper := filepath.Join(t.TempDir(), "serve")
 	write(t, wrapper, "#!/bin/sh\nexec "+p.path+" mcp serve --profile workspace-full "+strings.Join(p.engine, " ")+"\n")
@@ -201,7 +207,7 @@ func TestInspector(t *testing.T) {
 // The chat hosts themselves, each with a home directory of the test's own: their
 // word decides whether pyro is there.
 func TestChatHosts(t *testing.T) {
-	bin := installNPM(t)
+	bin := installNPM(t, npmHosts)
 	p := newPyro(t)
 	home := t.TempDir()
 	path := programs + ":" + bin + ":/usr/bin:/bin"
