@@ -531,7 +531,13 @@ func (s *supervisor) writeEnding(cause error) {
 	case cause != nil:
 		e.Reason = cause.Error()
 	}
-	if err := statedir.WriteJSON(s.dir.EndingFile(), e); err != nil {
+	err := statedir.WriteJSON(s.dir.EndingFile(), e)
+	if errors.Is(err, unix.ENOSPC) {
+		// That may be the very reason. The machine is gone, and the engine's
+		// files (an initramfs of MiBs) are of no use any more.
+		err = errors.Join(os.RemoveAll(s.dir.EngineDir()), statedir.WriteJSON(s.dir.EndingFile(), e))
+	}
+	if err != nil {
 		s.log.Error("writing how the machine ended", "error", err)
 	}
 }
