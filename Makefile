@@ -22,8 +22,10 @@ build: bin/pyro-runsc ## build bin/pyro, bin/pyro-agent and bin/pyro-runsc
 bin/pyro-runsc: runsc/main.go runsc/go.mod runsc/go.sum
 	cd runsc && $(GOBUILD) -ldflags "$(LDFLAGS)" -o ../bin/pyro-runsc .
 
+# Go does not see that the programs which test/... runs have changed: -count=1.
 test: ## run the tests that need no guest, with the race detector
-	go test -race ./...
+	go test -race $$(go list ./... | grep -v /test/)
+	go test -race -count=1 ./test/...
 
 test-guests: build ## run the engine suite and the scenarios on real guests
 	PYRO_TEST_ENGINE=gvisor PYRO_RUNSC=$(CURDIR)/bin/pyro-runsc go test -count=1 -timeout 30m ./internal/engine/... $$(go list ./test/... | grep -v /faults)

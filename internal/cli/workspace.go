@@ -122,7 +122,7 @@ The workspace deletes itself when --ttl-seconds are over; update changes that.`,
 	f.IntVar(&o.req.DiskMiB, "disk-mib", 0, "disk in MiB (default the environment's own)")
 	f.Float64Var(&o.ttlSeconds, "ttl-seconds", api.DefaultTTL.Seconds(), "time until it deletes itself; 0 for never")
 	f.BoolVar(&o.idOnly, "id-only", false, "print nothing but the id")
-	f.BoolVar(&a.quiet, "quiet", false, "no progress on stderr")
+	f.BoolVar(&a.quiet, "quiet", false, "no progress and no report of what was left out on stderr")
 	addEngineFlags(cmd, &o.req.Engine, &o.require, &o.req.AllowHostCompat)
 	return cmd
 }
@@ -258,7 +258,7 @@ func seedText(s api.WorkspaceSeed) string {
 	if s.Mode == api.SeedEmpty {
 		return "empty"
 	}
-	text := fmt.Sprintf("%s entries, %s", humanize.Comma(s.EntryCount), humanize.IBytes(uint64(s.BytesWritten)))
+	text := fmt.Sprintf("%s, %s", entriesText(s.EntryCount), humanize.IBytes(uint64(s.BytesWritten)))
 	if s.SeedPath != nil {
 		text = *s.SeedPath + ": " + text
 	}
@@ -273,6 +273,14 @@ func seedText(s api.WorkspaceSeed) string {
 		text += " (" + ref + ")"
 	}
 	return text
+}
+
+// entriesText counts files, directories and links.
+func entriesText(n int64) string {
+	if n == 1 {
+		return "1 entry"
+	}
+	return humanize.Comma(n) + " entries"
 }
 
 func labelsText(labels map[string]string) string {
@@ -290,7 +298,8 @@ func expiryText(t *time.Time) string {
 	if t == nil {
 		return "never"
 	}
-	return humanize.Time(*t)
+	// What was given ten minutes a moment ago has ten minutes.
+	return humanize.Time(t.Add(30 * time.Second))
 }
 
 type listOptions struct{ labels []string }

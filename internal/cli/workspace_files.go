@@ -45,7 +45,7 @@ or is broken off, the workspace is as it was.`,
 			if a.json {
 				return a.printJSON(res)
 			}
-			fmt.Fprintf(a.Out, "copied %s entries (%s) to %s\n", humanize.Comma(res.EntryCount), humanize.IBytes(uint64(res.BytesWritten)), boundedlog.Printable(res.Destination))
+			fmt.Fprintf(a.Out, "copied %s (%s) to %s\n", entriesText(res.EntryCount), humanize.IBytes(uint64(res.BytesWritten)), boundedlog.Printable(res.Destination))
 			a.noteSkipped(res.Skipped, res.SkippedCount)
 			return nil
 		}),

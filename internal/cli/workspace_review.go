@@ -26,7 +26,8 @@ func newDiffCmd(a *app) *cobra.Command {
 to a later snapshot, or with the snapshot that --from names. The patch on stdout
 is for git apply: applied to a copy of the base it gives the workspace, binary
 files included. What no patch can carry (empty directories, Git's own files) is
-named on stderr.`,
+named on stderr; where a file has taken the place of empty directories, remove
+those before git apply.`,
 		Example: "  pyro workspace diff fix | git apply\n  pyro workspace diff fix --stat\n  pyro workspace diff fix --from before-upgrade --json",
 	}, func(ctx context.Context, c *pyro.Client, ref string) error { return runDiff(ctx, a, c, o, ref) })
 	f := cmd.Flags()
@@ -96,7 +97,7 @@ tools run or obey by themselves, such as Git hooks and editor tasks, are named.`
 			if a.json {
 				return a.printJSON(res)
 			}
-			fmt.Fprintf(a.Out, "wrote %s (%s entries, %s)\n", res.OutputPath, humanize.Comma(res.EntryCount), humanize.IBytes(uint64(res.BytesWritten)))
+			fmt.Fprintf(a.Out, "wrote %s (%s, %s)\n", res.OutputPath, entriesText(res.EntryCount), humanize.IBytes(uint64(res.BytesWritten)))
 			a.noteSkipped(res.Skipped, res.SkippedCount)
 			for _, p := range res.Active {
 				fmt.Fprintf(a.Err, "pyro: look at it before you work there, tools obey it by themselves: %s\n", boundedlog.Printable(p))

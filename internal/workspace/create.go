@@ -326,7 +326,7 @@ func (m *Manager) ingredients(ctx context.Context, c engine.Candidate, source se
 
 // upload puts the seed's files into the guest.
 func upload(ctx context.Context, p *supervisor.Process, sd *seed.Seed, progress func(api.Progress)) error {
-	progress(api.Progress{Phase: "seed", Message: "copying the seed into the guest", Total: sd.Info.BytesWritten})
+	progress(api.Progress{Phase: "seed", Message: "copying the seed into the guest"})
 	client := guestclient.New(p.DialGuest, guestclient.Options{Patience: patience(p.Status.TimeScale)})
 	r, w := io.Pipe()
 	defer r.Close()
