@@ -80,6 +80,12 @@ type MachineSpec struct {
 	// machine's Disk of the same engine before it was frozen, or the image of
 	// a seed (Capabilities.SeedLayer). They are never written.
 	Layers []string
+	// Memory is the path of a file that a FullSnapshotter's SnapshotFull has
+	// made: the machine goes on from there instead of booting. Then Layers are
+	// those of the snapshot with the frozen one, nothing is at Disk yet, and
+	// what makes up the machine (see Warmer) and the size of its disk are what
+	// they were. The file is believed: the caller has kept it from others.
+	Memory string
 	// Kernel is used by engines that boot one.
 	Kernel Kernel
 	// AgentPath is the pyro-agent binary for the guest.
@@ -204,6 +210,20 @@ type DiskSnapshotter interface {
 	// use), and anything else at spare is to be removed; a complete layer only
 	// ever appears at spare whole.
 	SnapshotDisk(ctx context.Context, spare string) (frozen string, err error)
+}
+
+// A FullSnapshotter is a Machine that can be saved with its memory while it runs.
+type FullSnapshotter interface {
+	// SnapshotFull is DiskSnapshotter's SnapshotDisk that also saves the
+	// machine's memory as of the same instant to a file at memory, where nothing
+	// is. The machine stands still meanwhile and then goes on, with its clock
+	// set. A Start with that file as its Memory is a copy of it with a name and
+	// ids of its own; commands that somebody waits for on a connection do not
+	// outlive it there.
+	//
+	// On an error nothing is at memory; frozen says whether the disk was frozen
+	// all the same.
+	SnapshotFull(ctx context.Context, spare, memory string) (frozen string, err error)
 }
 
 // A LayerMerger is an Engine that can take one layer out of the disk of a machine

@@ -1,8 +1,10 @@
 package guestagent
 
 import (
+	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"time"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
@@ -29,7 +31,29 @@ func (q *request) resume(line []byte) error {
 			return err
 		}
 	}
+	if w := s.Runner.Workload; w != nil {
+		if err := w.Thaw(); err != nil {
+			return api.Errorf(api.ErrUnavailable, "resuming: %w", err)
+		}
+	}
 	return q.reply(guestproto.ResumeReply{OK: true})
+}
+
+// suspendTimeout bounds how long commands may take to stand still.
+const suspendTimeout = 10 * time.Second
+
+// suspend stops every command until resume.
+func (q *request) suspend(ctx context.Context) error {
+	s := q.server
+	if s.Resume == nil || s.Runner.Workload == nil {
+		return api.Errorf(api.ErrUnsupported, "this guest agent cannot stop its commands")
+	}
+	ctx, cancel := context.WithTimeout(ctx, suspendTimeout)
+	defer cancel()
+	if err := s.Runner.Workload.Freeze(ctx); err != nil {
+		return api.Errorf(api.ErrUnavailable, "suspending: %w", err)
+	}
+	return q.reply(guestproto.SuspendReply{OK: true})
 }
 
 // newBootID draws the id that hello answers with.

@@ -202,6 +202,8 @@ func (q *request) serve(ctx context.Context) error {
 		return q.extract(ctx, line)
 	case guestproto.ActionExportArchive:
 		return q.export(ctx, line)
+	case guestproto.ActionSuspend:
+		return q.suspend(ctx)
 	case guestproto.ActionResume:
 		return q.resume(line)
 	case guestproto.ActionSetSecrets:

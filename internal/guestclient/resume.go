@@ -24,3 +24,16 @@ func (c *Client) Resume(ctx context.Context, req guestproto.Resume) error {
 	}
 	return nil
 }
+
+// Suspend makes every command of the guest stand still until Resume.
+func (c *Client) Suspend(ctx context.Context) error {
+	req := guestproto.Envelope{Action: guestproto.ActionSuspend}
+	var r guestproto.SuspendReply
+	if err := c.ask(ctx, "suspending the guest", c.opts.Patience, req, &r, "ok"); err != nil {
+		return err
+	}
+	if !r.OK {
+		return api.Errorf(api.ErrUnavailable, "suspending the guest: it declines")
+	}
+	return nil
+}

@@ -11,6 +11,17 @@ import (
 // takes before its root disk is mounted, see [WaitingLine].
 const ActionResume = "resume"
 
+// ActionSuspend asks a virtual machine's agent to stop every command where it
+// stands, so that none runs between a copy's begin and its Resume. It takes no
+// parameters; SuspendReply comes when all stand still. Only ActionResume lets
+// them go on.
+const ActionSuspend = "suspend"
+
+// SuspendReply answers ActionSuspend.
+type SuspendReply struct {
+	OK bool `json:"ok"`
+}
+
 // WaitingLine is what the guest agent writes to the virtio port, newline
 // included, when it was started with WaitWord on the kernel's command line: the
 // kernel is up, the root disk has not been touched, and nothing goes on until
@@ -36,7 +47,8 @@ const (
 
 // Resume is what a guest has to be told after its memory has been copied or has
 // stood still. Before anything else runs, the agent sets the clock, mixes the
-// entropy into the kernel's generator and makes that draw a new key.
+// entropy into the kernel's generator and makes that draw a new key. Commands
+// that ActionSuspend has stopped go on at the end.
 type Resume struct {
 	Envelope
 	// TimeNS is the host's clock, in nanoseconds since 1970.

@@ -91,6 +91,15 @@ func identity(t *testing.T, g *enginetest.Guest) map[string]string {
 	return id
 }
 
+// TestQEMUWarm runs the suite on machines that did not boot.
+func TestQEMUWarm(t *testing.T) {
+	e, s := warmSubject(t)
+	enginetest.Run(t, enginetest.Subject{Engine: e, Spec: s.Spec, SmallestMiB: qemu.MinMemMiB})
+	if got := e.Warmth(t.Context(), s.Spec); got != engine.WarmthWarm {
+		t.Errorf("after the suite the next start is %s", got)
+	}
+}
+
 // TestWarmStarts begins machines of one template: they share its memory, and
 // nothing that tells them apart.
 func TestWarmStarts(t *testing.T) {

@@ -59,21 +59,21 @@ func (m *machine) save(ctx context.Context, memory *os.File, path string) (_ *sa
 	return s, nil
 }
 
-// migrateQuietly sets up a migration of all but the memory that is mapped from a
-// file, which announces its progress.
-func (m *machine) migrateQuietly(ctx context.Context) error {
+// prepareMigration sets up a migration that announces its progress, of all but
+// the memory that is mapped from a file if ignoreShared is set.
+func (m *machine) prepareMigration(ctx context.Context, ignoreShared bool) error {
 	type capability struct {
 		Capability string `json:"capability"`
 		State      bool   `json:"state"`
 	}
 	return m.qmp.execute(ctx, "migrate-set-capabilities", map[string]any{
-		"capabilities": []capability{{"x-ignore-shared", true}, {"events", true}},
+		"capabilities": []capability{{"x-ignore-shared", ignoreShared}, {"events", true}},
 	}, nil)
 }
 
 // saveDevices returns the state of a stopped machine's devices.
 func (m *machine) saveDevices(ctx context.Context) ([]byte, error) {
-	if err := m.migrateQuietly(ctx); err != nil {
+	if err := m.prepareMigration(ctx, true); err != nil {
 		return nil, err
 	}
 	r, w, err := os.Pipe()

@@ -16,7 +16,6 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
-	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/guestconn"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
@@ -298,12 +297,7 @@ func (m *machine) Resume(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, clockTimeout)
 	defer cancel()
-	req, err := newResume("")
-	if err == nil {
-		req.NewIdentity = false
-		err = guestclient.New(m.DialGuest, guestclient.Options{}).Resume(ctx, req)
-	}
-	if err != nil {
+	if err := m.goOn(ctx, false, ""); err != nil {
 		m.log.Warn("the guest's clock is behind", "error", err)
 	}
 	return nil

@@ -26,8 +26,7 @@ func awaitGuest(channel net.Conn) error {
 }
 
 // resumeGuest tells a guest that waits to go on, as a machine of that name, and
-// returns when its root disk is mounted. An error that matches errGuest is the
-// guest's own.
+// returns when its root disk is mounted.
 func resumeGuest(ctx context.Context, channel net.Conn, hostname string) error {
 	stop := context.AfterFunc(ctx, func() { _ = channel.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
@@ -48,7 +47,7 @@ func resumeGuest(ctx context.Context, channel net.Conn, hostname string) error {
 	}
 	var reply guestproto.ResumeReply
 	if err := guestproto.DecodeReply(answer, &reply, "ok"); err != nil {
-		return &guestError{err}
+		return &blamelessError{err} // the guest's own account, of its disk most likely
 	}
 	return nil
 }
@@ -65,12 +64,12 @@ func newResume(hostname string) (guestproto.Resume, error) {
 	return r, nil
 }
 
-// A guestError is a guest's own account of why it cannot go on. It says nothing
-// against the template.
-type guestError struct{ err error }
+// A blamelessError says nothing against the template of a warm start that has
+// failed.
+type blamelessError struct{ err error }
 
-func (e *guestError) Error() string { return e.err.Error() }
-func (e *guestError) Unwrap() error { return e.err }
+func (e *blamelessError) Error() string { return e.err.Error() }
+func (e *blamelessError) Unwrap() error { return e.err }
 
 // readAnswer reads one line. The guest says nothing more until it is asked.
 func readAnswer(r io.Reader) ([]byte, error) {

@@ -42,6 +42,9 @@ func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (engine.Mac
 	if err != nil {
 		return nil, err
 	}
+	if spec.Memory != "" {
+		return started(e.startSaved(ctx, spec, accel))
+	}
 	if spec.Templates != "" {
 		return e.startTemplated(ctx, spec, accel)
 	}

@@ -40,8 +40,8 @@ func (e *Engine) startTemplated(ctx context.Context, spec engine.MachineSpec, ac
 		if m, err = e.startWarm(ctx, spec, accel, held); err == nil {
 			return m, nil
 		}
-		var guest *guestError
-		if ctx.Err() == nil && !errors.As(err, &guest) {
+		var blameless *blamelessError
+		if ctx.Err() == nil && !errors.As(err, &blameless) {
 			err = errors.Join(err, t.reject())
 		}
 	}
@@ -122,7 +122,7 @@ func (e *Engine) startWarm(ctx context.Context, spec engine.MachineSpec, accel s
 	if err != nil {
 		<-filled
 		memory.Close()
-		return nil, err
+		return nil, &blamelessError{err} // a boot will meet it as well
 	}
 	m.warm = true
 	defer func() {
@@ -152,23 +152,27 @@ func (e *Engine) startWarm(ctx context.Context, spec engine.MachineSpec, accel s
 // loadDevices gives a QEMU that was started for it the state of its devices.
 // When it returns, the guest runs.
 func (m *machine) loadDevices(ctx context.Context, state []byte) error {
-	if err := m.migrateQuietly(ctx); err != nil {
-		return err
-	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err
 	}
-	err = m.qmp.executeWith(ctx, r, "getfd", map[string]any{"fdname": "state"}, nil)
-	r.Close() // QEMU has it
-	if err != nil {
-		w.Close()
-		return err
-	}
+	defer r.Close()
 	go func() {
 		defer w.Close()
 		_, _ = w.Write(state) // QEMU tells what it lacks
 	}()
+	return m.load(ctx, r, true)
+}
+
+// load gives a QEMU that was started for it the state in r. When it returns, the
+// guest runs.
+func (m *machine) load(ctx context.Context, r *os.File, ignoreShared bool) error {
+	if err := m.prepareMigration(ctx, ignoreShared); err != nil {
+		return err
+	}
+	if err := m.qmp.executeWith(ctx, r, "getfd", map[string]any{"fdname": "state"}, nil); err != nil {
+		return err
+	}
 	if err := m.qmp.execute(ctx, "migrate-incoming", map[string]any{"uri": "fd:state"}, nil); err != nil {
 		return err
 	}

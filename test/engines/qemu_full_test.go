@@ -1,0 +1,113 @@
+package engines_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/engine/enginetest"
+	"github.com/pyro-mcp/pyro/internal/guestproto"
+)
+
+// TestFullSnapshot copies a machine while a service of it counts and a file has
+// not reached its disk.
+func TestFullSnapshot(t *testing.T) {
+	_, s := warmSubject(t)
+	dir := t.TempDir()
+	disk, spare, memory := filepath.Join(dir, "disk"), filepath.Join(dir, "spare"), filepath.Join(dir, "memory")
+	g := enginetest.Boot(t, s, func(m *engine.MachineSpec) { m.Disk, m.Hostname = disk, "original" })
+	service, err := g.Client.StartService(t.Context(), guestproto.StartService{
+		ServiceName: "counter", Command: "i=0; while :; do i=$((i+1)); echo $i > /run/count; cat /proc/sys/kernel/random/uuid > /run/uuid-$i; sleep 0.05; done",
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	guestRuns(t, g, "head -c 5000000 /dev/urandom > /workspace/file; cat /workspace/file | md5sum > /run/sum; head -c 32 /dev/urandom > /run/private")
+	before := identity(t, g)
+	at := count(t, g)
+	began := time.Now()
+	frozen, err := g.Machine.(engine.FullSnapshotter).SnapshotFull(t.Context(), spare, memory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, err := os.Stat(memory)
+	if err != nil || st.Mode().Perm() != 0o600 || frozen != disk {
+		t.Fatalf("the snapshot: %v %v, frozen %s", st, err, frozen)
+	}
+	t.Logf("the snapshot took %v and has %d MiB", time.Since(began), st.Size()>>20)
+
+	copies := map[string]*enginetest.Guest{"original": g}
+	ids := map[string]map[string]string{"original": identity(t, g)}
+	for _, name := range []string{"copy-1", "copy-2"} {
+		began := time.Now()
+		c := enginetest.Boot(t, s, func(m *engine.MachineSpec) {
+			m.Layers, m.Disk, m.Memory, m.Hostname = []string{frozen}, filepath.Join(dir, name), memory, name
+		})
+		t.Logf("%s answers after %v", name, time.Since(began))
+		copies[name], ids[name] = c, identity(t, c)
+		if now, err := c.Client.StatusService(t.Context(), "counter"); err != nil || now.PID == nil || *now.PID != *service.PID || now.State != service.State {
+			t.Errorf("the service in %s: %+v, %v; want that of before, %+v", name, now, err, service)
+		}
+		if d := skew(t, c); d > 500*time.Millisecond {
+			t.Errorf("the clock of %s is wrong by %v", name, d)
+		}
+	}
+	for name, c := range copies {
+		first := count(t, c)
+		if first < at {
+			t.Errorf("%s counts %d after %d", name, first, at)
+		}
+		for end := time.Now().Add(30 * time.Second); count(t, c) <= first; {
+			if time.Now().After(end) {
+				t.Fatalf("%s does not count on from %d", name, first)
+			}
+		}
+		guestRuns(t, c, "md5sum < /workspace/file | cmp - /run/sum && test -s /run/private")
+		guestRuns(t, c, "echo "+name+" > /workspace/mine && sync")
+		for other, id := range ids {
+			for what, value := range id {
+				if other != name && ids[name][what] == value {
+					t.Errorf("%s and %s have the same %s", name, other, what)
+				}
+			}
+		}
+	}
+	// What the commands drew after the instant differs as well.
+	uuids := map[string]string{}
+	for name, c := range copies {
+		last := guestRuns(t, c, "cat /run/uuid-"+strconv.Itoa(count(t, c)-1))
+		if other := uuids[last]; other != "" {
+			t.Errorf("a command in %s drew what one in %s drew", name, other)
+		}
+		uuids[last] = name
+	}
+	for _, what := range []string{"hello", "boot id", "machine id", "hostname"} {
+		if before[what] != ids["original"][what] {
+			t.Errorf("being saved has changed the %s", what)
+		}
+	}
+	for name, c := range copies {
+		if got := strings.TrimSpace(guestRuns(t, c, "cat /workspace/mine")); got != name {
+			t.Errorf("%s has the file of %s", name, got)
+		}
+	}
+	if _, err := g.Machine.(engine.FullSnapshotter).SnapshotFull(t.Context(), filepath.Join(dir, "spare-2"), memory); !errors.Is(err, api.ErrExists) {
+		t.Errorf("saving to a file that is there: %v, want ErrExists", err)
+	}
+}
+
+func count(t *testing.T, g *enginetest.Guest) int {
+	t.Helper()
+	// The file is empty for a moment whenever it is written.
+	for {
+		if n, err := strconv.Atoi(strings.TrimSpace(guestRuns(t, g, "cat /run/count"))); err == nil {
+			return n
+		}
+	}
+}
