@@ -229,8 +229,9 @@ func runAttach(ctx context.Context, a *app, c *pyro.Client, ref, id string) erro
 	keys := &keyReader{r: in, detach: func() { cancel(errDetached) }}
 	shell, err := c.AttachShell(attached, ref, id, api.AttachRequest{Stdin: keys, Stdout: a.Out, Size: size, Resize: resize})
 	// What the guest has switched on is switched off again: the alternate
-	// screen, mouse reports, bracketed paste, a hidden cursor, colours.
-	fmt.Fprint(a.Out, "\x1b[?1049l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?25h\x1b[0m\x1b>\x1b[?1l")
+	// screen (by 1047, since 1049 would move the cursor of a terminal that is not
+	// in it), mouse reports, bracketed paste, a hidden cursor, colours.
+	fmt.Fprint(a.Out, "\x1b[?1047l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?25h\x1b[0m\x1b>\x1b[?1l")
 	restore()
 	if errors.Is(context.Cause(attached), errDetached) {
 		fmt.Fprintf(a.Err, "\r\npyro: detached; pyro workspace shell attach %s %s comes back\n", boundedlog.Printable(ref), id)
