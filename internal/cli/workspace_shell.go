@@ -234,14 +234,14 @@ func runAttach(ctx context.Context, a *app, c *pyro.Client, ref, id string) erro
 	fmt.Fprint(a.Out, "\x1b[?1047l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?25h\x1b[0m\x1b>\x1b[?1l")
 	restore()
 	if errors.Is(context.Cause(attached), errDetached) {
-		fmt.Fprintf(a.Err, "\r\npyro: detached; pyro workspace shell attach %s %s comes back\n", boundedlog.Printable(ref), id)
+		fmt.Fprintf(a.Err, "pyro: detached; pyro workspace shell attach %s %s comes back\n", boundedlog.Printable(ref), id)
 		return nil
 	}
 	if err != nil {
 		return err
 	}
 	if shell.ExitCode != nil {
-		fmt.Fprintf(a.Err, "\r\npyro: the shell has ended with status %d\n", *shell.ExitCode)
+		fmt.Fprintf(a.Err, "pyro: the shell has ended with status %d\n", *shell.ExitCode)
 	}
 	return nil
 }
