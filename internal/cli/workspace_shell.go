@@ -231,7 +231,7 @@ func runAttach(ctx context.Context, a *app, c *pyro.Client, ref, id string) erro
 	// What the guest has switched on is switched off again: the alternate
 	// screen (by 1047, since 1049 would move the cursor of a terminal that is not
 	// in it), mouse reports, bracketed paste, a hidden cursor, colours.
-	fmt.Fprint(a.Out, "\x1b[?1047l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?25h\x1b[0m\x1b>\x1b[?1l")
+	fmt.Fprint(a.Out, "\x1b[?1047l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[?25h\x1b[0m\x1b>\x1b[?1l\r\n\x1b[J")
 	restore()
 	if errors.Is(context.Cause(attached), errDetached) {
 		fmt.Fprintf(a.Err, "pyro: detached; pyro workspace shell attach %s %s comes back\n", boundedlog.Printable(ref), id)
