@@ -96,7 +96,7 @@ func newLab(t *testing.T) *lab {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	t.Cleanup(l.end)
 	l.create("bystander")
-	l.ok("workspace", "exec", "bystander", "--", "echo untouched > mark")
+	l.ok("workspace", "exec", "bystander", "--", "echo untouched > mark; sync")
 	l.bystander = l.supervisorOf("bystander")
 	return l
 }

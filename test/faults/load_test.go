@@ -243,7 +243,7 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	measure := func() (processes, files, loops int, bytes int64) {
-		l.ok("workspace", "prune")
+		// Without a prune: deleting leaves nothing for it.
 		err := filepath.WalkDir(l.state, func(path string, d os.DirEntry, err error) error {
 			if err == nil && !d.IsDir() {
 				files++
