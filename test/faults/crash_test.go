@@ -1,6 +1,7 @@
 package faults_test
 
 import (
+	"bytes"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/failpoint"
+	"github.com/pyro-mcp/pyro/test/build"
 )
 
 // A crash is an operation that is cut off at each of its failpoints.
@@ -398,4 +400,22 @@ func failpoints(t *testing.T) []string {
 		t.Fatalf("only %d failpoints found", len(points))
 	}
 	return points
+}
+
+// TestReleaseHasNoFailpoints looks for the variable that arms failpoints in a
+// build without the tag, and for proof in the one with it.
+func TestReleaseHasNoFailpoints(t *testing.T) {
+	release := t.TempDir()
+	if err := build.Programs(release, false); err != nil {
+		t.Fatal(err)
+	}
+	for dir, want := range map[string]bool{release: false, programs: true} {
+		b, err := os.ReadFile(filepath.Join(dir, "pyro"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := bytes.Contains(b, []byte(failpoint.Variable)); got != want {
+			t.Errorf("%s names %s: %v, want %v", dir, failpoint.Variable, got, want)
+		}
+	}
 }

@@ -7,7 +7,6 @@ package faults_test
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -356,16 +355,6 @@ func (l *lab) supervisorOf(name string) hostproc.Identity {
 		l.Fatalf("workspace %q has no supervisor", name)
 	}
 	return *rec.Supervisor
-}
-
-// kill ends a process as kill -9 does, and waits until it is gone.
-func (l *lab) kill(id hostproc.Identity) {
-	l.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	if err := id.KillLadder(ctx, 0); err != nil {
-		l.Fatal(err)
-	}
 }
 
 // eventually waits for what happens by itself, up to limit.
