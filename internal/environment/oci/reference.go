@@ -1,6 +1,7 @@
 package oci
 
 import (
+	"errors"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -40,15 +41,23 @@ func IsReference(s string) bool {
 // repository with a registry, a tag and a digest.
 const maxReference = 4096
 
+var (
+	malformed    = regexp.MustCompile(`^/|//|\.\.`)
+	errMalformed = errors.New("an element of its path is empty or has two dots")
+)
+
 // ParseReference reads docker://[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST],
 // oci-layout:DIRECTORY[@NAME] or docker-archive:FILE[@NAME]. A relative path is
-// taken from the working directory.
+// taken from the working directory; one with an @ in it needs another behind it.
 func ParseReference(s string) (Reference, error) {
 	if len(s) > maxReference {
 		return Reference{}, api.Errorf(api.ErrInvalid, "an image reference has %d bytes, the limit is %d", len(s), maxReference)
 	}
 	if rest, ok := strings.CutPrefix(s, registryScheme); ok {
 		image, err := name.ParseReference(rest)
+		if err == nil && malformed.MatchString(rest) {
+			err = errMalformed // the library lets these pass
+		}
 		if err != nil {
 			return Reference{}, api.WithHint(api.Errorf(api.ErrInvalid, "%.200q is no image reference: %w", s, err),
 				"write docker://NAME:TAG, docker://HOST:PORT/NAME:TAG or docker://NAME@sha256:DIGEST")
@@ -62,7 +71,7 @@ func ParseReference(s string) (Reference, error) {
 		}
 		r := Reference{scheme: scheme}
 		r.path = rest
-		if i := strings.LastIndexByte(rest, '@'); i > strings.LastIndexByte(rest, '/') {
+		if i := strings.LastIndexByte(rest, '@'); i >= 0 {
 			r.path, r.tag = rest[:i], rest[i+1:]
 		}
 		if r.path == "" || strings.ContainsRune(rest, 0) {
@@ -85,7 +94,7 @@ func (r Reference) String() string {
 		return registryScheme + r.image.Name()
 	}
 	s := r.scheme + r.path
-	if r.tag != "" {
+	if r.tag != "" || strings.Contains(r.path, "@") {
 		s += "@" + r.tag
 	}
 	return s

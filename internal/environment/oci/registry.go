@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"time"
@@ -157,11 +156,10 @@ func explain(ctx context.Context, err error) error {
 	if errors.Is(err, errForbiddenAddress) {
 		return api.Errorf(api.ErrDenied, "%w", err)
 	}
-	var network net.Error
-	if refused != nil || errors.As(err, &network) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return api.WithHint(api.Errorf(api.ErrUnavailable, "%w", err), "check the network and the registry's name")
+	if api.Code(err) != api.Code(api.ErrInternal) {
+		return err
 	}
-	return fmt.Errorf("asking the registry: %w", err)
+	return api.WithHint(api.Errorf(api.ErrUnavailable, "%w", err), "check the network and the registry's name")
 }
 
 // boundedManifests is a transport in which a manifest ends in an error where it

@@ -130,6 +130,9 @@ var errSparse = api.Errorf(api.ErrUnsupported, "it is a sparse file")
 
 // clean returns a path without leading slash, "" for the root.
 func clean(name string) (string, error) {
+	if len(name) > maxPath {
+		return "", api.Errorf(api.ErrInvalid, "the path has %d bytes, the limit is %d", len(name), maxPath)
+	}
 	for elem := range strings.SplitSeq(name, "/") {
 		if elem == ".." {
 			return "", api.Errorf(api.ErrInvalid, "the path leaves its directory")
