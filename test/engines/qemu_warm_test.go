@@ -304,7 +304,8 @@ func TestWarmPrepareKilled(t *testing.T) {
 		t.Run(strconv.Itoa(i), func(t *testing.T) {
 			dir := t.TempDir()
 			cmd := exec.Command(os.Args[0], "-test.run", "^TestWarmPrepareKilled$")
-			cmd.Env = append(os.Environ(), "PYRO_TEST_PREPARE="+s.Spec.Templates, "PYRO_TEST_DIR="+dir, "PYRO_TEST_AGENT="+s.Spec.AgentPath)
+			cmd.Env = append(os.Environ(), "PYRO_TEST_PREPARE="+s.Spec.Templates, "PYRO_TEST_DIR="+dir, "PYRO_TEST_AGENT="+s.Spec.AgentPath,
+				"TMPDIR="+t.TempDir()) // what it leaves there is ours to remove
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
