@@ -122,10 +122,10 @@ func (c *Client) Export(ctx context.Context, ref string, req api.ExportRequest) 
 	return c.m.Export(ctx, ref, req)
 }
 
-// CreateSnapshot saves a workspace's whole disk under a name. What runs in it
-// goes on.
-func (c *Client) CreateSnapshot(ctx context.Context, ref, name string) (*api.Snapshot, error) {
-	return c.m.CreateSnapshot(ctx, ref, name)
+// CreateSnapshot saves a workspace's whole disk under a name, and what runs in
+// it if the request wants that. What runs goes on.
+func (c *Client) CreateSnapshot(ctx context.Context, ref string, req api.SnapshotRequest) (*api.Snapshot, error) {
+	return c.m.CreateSnapshot(ctx, ref, req)
 }
 
 // Snapshots lists a workspace's snapshots, oldest first.

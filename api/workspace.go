@@ -129,6 +129,9 @@ type CreateRequest struct {
 type ForkRequest struct {
 	// Snapshot is where to begin; "" is what the workspace's disk holds now.
 	Snapshot string
+	// Memory carries over what runs now, too, where the engine can. A snapshot
+	// with memory always does.
+	Memory bool
 	// Count is how many to make, 1 if zero.
 	Count int
 	// Name is the new workspace's; of several, "-1" and so on is added.
@@ -407,6 +410,14 @@ type ExportResult struct {
 	// Active are exported files that tools on this host run or obey by
 	// themselves, such as Git hooks.
 	Active []string `json:"active"`
+}
+
+// SnapshotRequest asks for a snapshot.
+type SnapshotRequest struct {
+	Name string
+	// Memory also saves what runs, where the engine can: a reset or fork then
+	// goes on with it.
+	Memory bool
 }
 
 // The kinds of snapshots.

@@ -23,7 +23,8 @@ func newForkCmd(a *app) *cobra.Command {
 		Use: "fork", Short: "Make workspaces that begin with another one's disk",
 		Long: `Fork makes new workspaces that begin with what a workspace's disk holds, now or in
 a snapshot, and starts them. They share the disk until they write. What runs in
-the workspace goes on there and does not run in the new ones.`,
+the workspace goes on there; in the new ones it goes on with --memory or from a
+snapshot with memory, and else does not run.`,
 		Example: "  pyro workspace fork fix --name try --count 3\n  pyro workspace fork fix --snapshot before-upgrade",
 	}, func(ctx context.Context, c *pyro.Client, ref string) error {
 		if o.idOnly && a.json {
@@ -65,6 +66,7 @@ the workspace goes on there and does not run in the new ones.`,
 	changed = func(flag string) bool { return cmd.Flags().Changed(flag) }
 	f := cmd.Flags()
 	f.StringVar(&o.req.Snapshot, "snapshot", "", "begin with this snapshot (default what the disk holds now)")
+	f.BoolVar(&o.req.Memory, "memory", false, "carry over what runs, too (engine qemu)")
 	f.IntVar(&o.req.Count, "count", 1, "how many to make")
 	f.StringVar(&o.req.Name, "name", "", "name of the new workspace; of several, -1 and so on is added")
 	f.Float64Var(&o.ttlSeconds, "ttl-seconds", 0, "time until they delete themselves; 0 for never (default the workspace's own)")

@@ -114,15 +114,18 @@ func newSnapshotCmd(a *app) *cobra.Command {
 }
 
 func newSnapshotCreateCmd(a *app) *cobra.Command {
-	return &cobra.Command{
+	var req api.SnapshotRequest
+	cmd := &cobra.Command{
 		Use: "create WORKSPACE NAME", Short: "Save the whole disk under a name",
 		Long: `Create saves the workspace's whole disk, packages and /tmp on it included. What
-runs goes on. Reset goes back to it; diff --from compares with it.`,
+runs goes on. Reset goes back to it; diff --from compares with it. With --memory it
+saves what runs, too, where the engine can: a reset or a fork then goes on with it.`,
 		Example:           "  pyro workspace snapshot create fix before-upgrade",
 		ValidArgsFunction: a.completeWorkspace,
 		Args:              args(cobra.ExactArgs(2)),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
-			s, err := c.CreateSnapshot(ctx, given[0], given[1])
+			req.Name = given[1]
+			s, err := c.CreateSnapshot(ctx, given[0], req)
 			if err != nil {
 				return err
 			}
@@ -133,6 +136,8 @@ runs goes on. Reset goes back to it; diff --from compares with it.`,
 			return err
 		}),
 	}
+	cmd.Flags().BoolVar(&req.Memory, "memory", false, "save what runs, too (engine qemu)")
+	return cmd
 }
 
 func newSnapshotListCmd(a *app) *cobra.Command {

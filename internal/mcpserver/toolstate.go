@@ -27,7 +27,7 @@ var snapshotTools = []tool{
 		description: `Save the whole disk of a workspace under a name, in a moment and while it runs: before a risky step, or as the base to compare with. workspace_reset goes back to it, workspace_diff compares with it. Every workspace has the snapshot baseline already.`,
 		example:     `{"workspace_id":"fix-142","snapshot_name":"before"}`,
 	}, func(ctx context.Context, c *call, in snapshotInput) (*api.Snapshot, error) {
-		return c.client.CreateSnapshot(ctx, in.WorkspaceID, in.SnapshotName)
+		return c.client.CreateSnapshot(ctx, in.WorkspaceID, api.SnapshotRequest{Name: in.SnapshotName})
 	}),
 	define(tool{
 		name: "snapshot_list", title: "List snapshots", effect: reads,

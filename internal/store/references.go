@@ -47,7 +47,7 @@ func (s *Store) References(ctx context.Context) (*References, error) {
 			if err != nil {
 				return err
 			}
-			add(r.Layers, sn.Layer)
+			add(r.Layers, sn.Layer, sn.Memory)
 			add(r.Layers, sn.Chain...)
 			add(r.Seeds, sn.SeedDigest)
 			return nil

@@ -17,6 +17,9 @@ type Snapshot struct {
 	// first. All are file names.
 	Layer string   `json:"layer"`
 	Chain []string `json:"chain"`
+	// Memory is the file beside the layers that holds the machine's memory at
+	// the time; "" for a snapshot of the disk alone.
+	Memory string `json:"memory,omitempty"`
 	// SeedDigest names the seed at the time; "" for none.
 	SeedDigest string `json:"seed_digest"`
 }

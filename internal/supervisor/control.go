@@ -41,6 +41,8 @@ type expiryRequest struct {
 // snapshotRequest is the body of a POST to pathSnapshot.
 type snapshotRequest struct {
 	Spare string `json:"spare"`
+	// Memory, if set, is where the memory is saved too.
+	Memory string `json:"memory,omitempty"`
 }
 
 // snapshotReply answers it.
@@ -91,7 +93,7 @@ func (s *supervisor) handler() http.Handler {
 		if !readJSON(w, r, &req) {
 			return
 		}
-		frozen, err := s.snapshot(r.Context(), req.Spare)
+		frozen, err := s.snapshot(r.Context(), req.Spare, req.Memory)
 		writeJSON(w, http.StatusOK, snapshotReply{Frozen: frozen, Error: api.ToWire(err)})
 	})
 	mux.HandleFunc("GET "+pathDisk, func(w http.ResponseWriter, _ *http.Request) {
@@ -244,8 +246,18 @@ func (c *Client) SetExpiry(ctx context.Context, ttl time.Duration) error {
 // by the contract of engine.DiskSnapshotter. An engine that cannot is
 // api.ErrUnsupported. It takes as long as ctx allows.
 func (c *Client) SnapshotDisk(ctx context.Context, spare string) (frozen string, err error) {
+	return c.snapshot(ctx, snapshotRequest{Spare: spare})
+}
+
+// SnapshotFull is SnapshotDisk that also saves the machine's memory to a file at
+// memory, by the contract of engine.FullSnapshotter.
+func (c *Client) SnapshotFull(ctx context.Context, spare, memory string) (frozen string, err error) {
+	return c.snapshot(ctx, snapshotRequest{Spare: spare, Memory: memory})
+}
+
+func (c *Client) snapshot(ctx context.Context, req snapshotRequest) (frozen string, err error) {
 	var reply snapshotReply
-	if err := c.call(ctx, http.MethodPost, pathSnapshot, snapshotRequest{Spare: spare}, &reply); err != nil {
+	if err := c.call(ctx, http.MethodPost, pathSnapshot, req, &reply); err != nil {
 		return "", err
 	}
 	return reply.Frozen, reply.Error.Err()

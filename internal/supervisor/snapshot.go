@@ -17,7 +17,7 @@ const flushTimeout = 5 * time.Minute
 
 // snapshot freezes the machine's disk. It goes on if the caller hangs up: half
 // a switch of disks helps nobody.
-func (s *supervisor) snapshot(ctx context.Context, spare string) (string, error) {
+func (s *supervisor) snapshot(ctx context.Context, spare, memory string) (string, error) {
 	s.snapshotMu.Lock()
 	defer s.snapshotMu.Unlock()
 	s.mu.Lock()
@@ -28,6 +28,11 @@ func (s *supervisor) snapshot(ctx context.Context, spare string) (string, error)
 		return "", api.WithHint(api.Errorf(api.ErrUnsupported, "engine %s cannot snapshot a running machine's disk", s.cfg.Engine),
 			"stop the workspace first")
 	}
+	full, ok := m.(engine.FullSnapshotter)
+	if memory != "" && !ok {
+		return "", api.WithHint(api.Errorf(api.ErrUnsupported, "engine %s cannot save a machine's memory", s.cfg.Engine),
+			"leave --memory out: the snapshot then holds the disk; or use --engine qemu")
+	}
 	ctx = context.WithoutCancel(ctx)
 	// What the guest has only in its memory yet is not on the disk.
 	flush, cancel := context.WithTimeout(ctx, flushTimeout)
@@ -36,9 +41,15 @@ func (s *supervisor) snapshot(ctx context.Context, spare string) (string, error)
 		return "", fmt.Errorf("letting the guest flush its files: %w", err)
 	}
 	failpoint.Hit("supervise-snapshot/flushed")
-	frozen, err := snapshotter.SnapshotDisk(ctx, spare)
+	var frozen string
+	var err error
+	if memory != "" {
+		frozen, err = full.SnapshotFull(ctx, spare, memory)
+	} else {
+		frozen, err = snapshotter.SnapshotDisk(ctx, spare)
+	}
 	failpoint.Hit("supervise-snapshot/taken")
-	if err == nil && frozen != spare {
+	if frozen != "" && frozen != spare {
 		s.disk = spare
 	}
 	return frozen, err

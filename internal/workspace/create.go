@@ -373,7 +373,7 @@ func (h *held) baseline(ctx context.Context, p *supervisor.Process, sd *seed.See
 		SeedDigest: h.SeedDigest,
 	}
 	if sd != nil && !c.SeedLayer {
-		if snap.Chain, snap.Layer, err = h.freeze(ctx, p.Client); err != nil {
+		if snap.Chain, snap.Layer, err = h.freeze(ctx, p.SnapshotDisk); err != nil {
 			return fmt.Errorf("making the baseline snapshot: %w", err)
 		}
 	}

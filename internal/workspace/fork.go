@@ -47,9 +47,6 @@ func (m *Manager) Fork(ctx context.Context, ref string, req api.ForkRequest) (*a
 	if err != nil {
 		return nil, fmt.Errorf("forking workspace %s: %w", label(h.Workspace), err)
 	}
-	if err := startForks(ctx, children, orSilent(req.Progress)); err != nil {
-		return nil, fmt.Errorf("forking workspace %s: %w", label(h.Workspace), err)
-	}
 	res := &api.ForkResult{WorkspaceID: h.WorkspaceID, Count: len(children), Workspaces: []api.Workspace{}}
 	for _, c := range children {
 		res.Workspaces = append(res.Workspaces, c.Workspace.Workspace)
@@ -58,7 +55,7 @@ func (m *Manager) Fork(ctx context.Context, ref string, req api.ForkRequest) (*a
 	return res, nil
 }
 
-// fork writes the records of the children, which are stopped, and holds them.
+// fork makes and starts the children, and holds them.
 func (h *held) fork(ctx context.Context, req api.ForkRequest) (_ []*held, err error) {
 	st, err := h.m.store(ctx)
 	if err != nil {
@@ -68,11 +65,14 @@ func (h *held) fork(ctx context.Context, req api.ForkRequest) (_ []*held, err er
 	if name == "" {
 		// A snapshot for as long as nothing else refers to its layer.
 		name = "fork-" + newID()
-		if _, err := h.snapshot(ctx, name); err != nil {
+		if _, err := h.snapshot(ctx, api.SnapshotRequest{Name: name, Memory: req.Memory}); err != nil {
 			return nil, err
 		}
 		defer func() {
 			err = errors.Join(err, st.DeleteSnapshot(context.WithoutCancel(ctx), h.WorkspaceID, name))
+			if _, collectErr := h.m.collect(context.WithoutCancel(ctx)); collectErr != nil {
+				h.m.log.Warn("removing the memory that was forked", "error", collectErr)
+			}
 		}()
 	}
 	from, err := st.Snapshot(ctx, h.WorkspaceID, name)
@@ -108,6 +108,10 @@ func (h *held) fork(ctx context.Context, req api.ForkRequest) (_ []*held, err er
 			return nil, err
 		}
 	}
+	// Before the snapshot goes: they may need its memory to begin.
+	if err := startForks(ctx, children, from.Memory, orSilent(req.Progress)); err != nil {
+		return nil, err
+	}
 	return children, st.AppendEvent(ctx, h.WorkspaceID, eventForked, map[string]any{"snapshot": req.Snapshot, "count": req.Count})
 }
 
@@ -137,9 +141,9 @@ func (h *held) child(from *store.Snapshot, req api.ForkRequest, i int) *store.Wo
 	return &ws
 }
 
-// startForks starts the children, some at a time. On an error all of them are
-// removed.
-func startForks(ctx context.Context, children []*held, progress func(api.Progress)) error {
+// startForks starts the children, some at a time: from a file with the memory
+// of a machine, unless that is "".
+func startForks(ctx context.Context, children []*held, memory string, progress func(api.Progress)) error {
 	g, starting := errgroup.WithContext(ctx)
 	g.SetLimit(forkAtOnce)
 	for _, c := range children {
@@ -148,7 +152,9 @@ func startForks(ctx context.Context, children []*held, progress func(api.Progres
 			if err != nil {
 				return err
 			}
-			p, err := c.startMachine(starting, candidate, c.diskOf(c.Workspace), progress)
+			d := c.diskOf(c.Workspace)
+			d.memory = memory
+			p, err := c.startMachine(starting, candidate, d, progress)
 			if err != nil {
 				return err
 			}
@@ -156,10 +162,7 @@ func startForks(ctx context.Context, children []*held, progress func(api.Progres
 			return c.started(starting, p, store.Event{Kind: eventCreated, Detail: map[string]any{"environment": c.Environment, "engine": c.Engine, "fork": true}})
 		})
 	}
-	if err := g.Wait(); err != nil {
-		return errors.Join(err, destroyAll(ctx, children))
-	}
-	return nil
+	return g.Wait()
 }
 
 func destroyAll(ctx context.Context, children []*held) error {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -32,6 +33,12 @@ func newLayer(format engine.DiskFormat) string {
 	return newID()
 }
 
+// memoryOf is the file for the memory of a machine that is saved while a layer
+// is frozen, by that layer's path.
+func memoryOf(layer string) string {
+	return strings.TrimSuffix(layer, filepath.Ext(layer)) + ".memory"
+}
+
 // seedPrefix marks the element of a chain that is the image of a seed.
 const seedPrefix = "seed:"
 
@@ -41,9 +48,12 @@ func seedLayer(digest string) string { return seedPrefix + digest }
 type disk struct {
 	chain  []string // lowest first
 	active string
+	memory string // of a machine that is to go on and not to boot; "" mostly
 }
 
-func (h *held) diskOf(ws *store.Workspace) disk { return disk{ws.Layers, ws.ActiveLayer} }
+func (h *held) diskOf(ws *store.Workspace) disk {
+	return disk{chain: ws.Layers, active: ws.ActiveLayer}
+}
 
 // layerPaths returns the files of a chain, and locks on the seeds among them,
 // which the caller closes.
@@ -225,9 +235,10 @@ func stem(name string) string {
 
 // freeze makes what the running machine's disk holds now a layer that nobody
 // writes any more, and returns that with what it stands on.
-func (h *held) freeze(ctx context.Context, machine interface {
-	SnapshotDisk(ctx context.Context, spare string) (string, error)
-}) (chain []string, frozen string, err error) {
+//
+// take does it, as supervisor.Client's SnapshotDisk, given the path of a new
+// layer.
+func (h *held) freeze(ctx context.Context, take func(ctx context.Context, spare string) (string, error)) (chain []string, frozen string, err error) {
 	spare := newLayer(engine.DiskFormat(h.DiskFormat))
 	intent := h.Intent
 	err = h.update(ctx, func(ws *store.Workspace) error {
@@ -241,7 +252,7 @@ func (h *held) freeze(ctx context.Context, machine interface {
 		return nil, "", err
 	}
 	failpoint.Hit("snapshot/recorded")
-	path, err := machine.SnapshotDisk(ctx, h.m.state.Layer(spare))
+	path, err := take(ctx, h.m.state.Layer(spare))
 	failpoint.Hit("snapshot/frozen")
 	if err != nil {
 		if h.Intent == intentSnapshot {

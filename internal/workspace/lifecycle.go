@@ -36,7 +36,7 @@ func (h *held) startMachine(ctx context.Context, c engine.Candidate, d disk, pro
 		ID: h.WorkspaceID, Environment: h.Environment, Digest: h.EnvironmentDigest,
 		VCPUCount: h.VCPUCount, MemMiB: h.MemMiB, DiskMiB: h.DiskMiB,
 		Disk: h.m.state.Layer(d.active), Layers: paths, Require: h.Require, TTL: timeLeft(h.Workspace), Network: h.NetworkPolicy,
-		Hold: hold, Progress: progress,
+		Memory: h.m.memoryPath(d.memory), Hold: hold, Progress: progress,
 	})
 	if err != nil {
 		return nil, err

@@ -26,6 +26,7 @@ type machineRequest struct {
 	VCPUCount, MemMiB, DiskMiB int
 	Disk                       string   // engine.MachineSpec.Disk
 	Layers                     []string // engine.MachineSpec.Layers
+	Memory                     string   // engine.MachineSpec.Memory
 	Require                    api.Require
 	TTL                        time.Duration // 0 for none
 	Network                    string        // policy; "" is off
@@ -80,7 +81,7 @@ func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req mach
 	dir := m.state.Machine(req.ID)
 	spec := engine.MachineSpec{
 		ID: req.ID, Dir: dir.EngineDir(), AgentPath: agent, Hostname: "pyro-" + req.ID, Ephemeral: req.Ephemeral,
-		VCPUCount: req.VCPUCount, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB, Disk: req.Disk, Layers: req.Layers,
+		VCPUCount: req.VCPUCount, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB, Disk: req.Disk, Layers: req.Layers, Memory: req.Memory,
 		Templates: m.templatesDir(),
 	}
 	image, kernel, err := m.fetch(ctx, c.Capabilities, req)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -19,9 +20,10 @@ import (
 // the next ones stand on, and every file access passes through all of them.
 const maxSnapshots = 100
 
-// CreateSnapshot saves the workspace's whole disk under a name. A running
-// machine goes on meanwhile.
-func (m *Manager) CreateSnapshot(ctx context.Context, ref, name string) (*api.Snapshot, error) {
+// CreateSnapshot saves the workspace's whole disk under a name, and what runs in
+// it if the request wants that. A running machine goes on meanwhile.
+func (m *Manager) CreateSnapshot(ctx context.Context, ref string, req api.SnapshotRequest) (*api.Snapshot, error) {
+	name := req.Name
 	if err := checkName(name); err != nil {
 		return nil, api.WithHint(api.Errorf(api.ErrInvalid, "a snapshot cannot be called %q", name), "%s", api.Hint(err))
 	}
@@ -30,14 +32,15 @@ func (m *Manager) CreateSnapshot(ctx context.Context, ref, name string) (*api.Sn
 		return nil, err
 	}
 	defer h.release()
-	snap, err := h.snapshot(ctx, name)
+	snap, err := h.snapshot(ctx, req)
 	if err != nil {
 		return nil, fmt.Errorf("making snapshot %q of workspace %s: %w", name, label(h.Workspace), err)
 	}
 	return snap, nil
 }
 
-func (h *held) snapshot(ctx context.Context, name string) (*api.Snapshot, error) {
+func (h *held) snapshot(ctx context.Context, req api.SnapshotRequest) (*api.Snapshot, error) {
+	name := req.Name
 	st, err := h.m.store(ctx)
 	if err != nil {
 		return nil, err
@@ -70,8 +73,24 @@ func (h *held) snapshot(ctx context.Context, name string) (*api.Snapshot, error)
 				return nil, err
 			}
 		}
-		snap.Chain, snap.Layer, err = h.freeze(ctx, supervisor.NewClient(h.machine()))
+		sup := supervisor.NewClient(h.machine())
+		take := sup.SnapshotDisk
+		if req.Memory {
+			if len(h.Secrets) > 0 {
+				return nil, api.WithHint(api.Errorf(api.ErrDenied, "the workspace has secrets, and they would lie in the file of its memory"),
+					"leave --memory out: the snapshot then holds the disk")
+			}
+			snap.Kind = api.SnapshotFull
+			take = func(ctx context.Context, spare string) (string, error) {
+				snap.Memory = filepath.Base(memoryOf(spare))
+				return sup.SnapshotFull(ctx, spare, memoryOf(spare))
+			}
+		}
+		snap.Chain, snap.Layer, err = h.freeze(ctx, take)
 	case api.StateStopped:
+		if req.Memory {
+			return nil, api.WithHint(api.Errorf(api.ErrState, "the workspace is stopped: it has no memory to save"), "pyro workspace start %s, or leave --memory out", refOf(h.Workspace))
+		}
 		if engine.DiskFormat(h.DiskFormat) == engine.DiskDirectory {
 			return nil, api.WithHint(api.Errorf(api.ErrState, "the workspace is stopped, and its disk, a directory, can only be saved by its machine"),
 				"pyro workspace start %s", refOf(h.Workspace))
@@ -83,7 +102,7 @@ func (h *held) snapshot(ctx context.Context, name string) (*api.Snapshot, error)
 	if err != nil {
 		return nil, err
 	}
-	snap.SizeBytes = h.m.layerSize(snap.Layer)
+	snap.SizeBytes = h.m.layerSize(snap.Layer) + h.m.layerSize(snap.Memory)
 	if err := st.PutSnapshot(ctx, h.WorkspaceID, snap); err != nil {
 		return nil, err
 	}
@@ -131,6 +150,14 @@ func (h *held) freezeStopped(ctx context.Context) (chain []string, frozen string
 	return chain, frozen, err
 }
 
+// memoryPath is the path of the file with the memory of that name, "" for none.
+func (m *Manager) memoryPath(name string) string {
+	if name == "" {
+		return ""
+	}
+	return m.state.Layer(name)
+}
+
 // Snapshots lists a workspace's snapshots, oldest first.
 func (m *Manager) Snapshots(ctx context.Context, ref string) ([]api.Snapshot, error) {
 	ws, err := m.find(ctx, ref)
@@ -147,7 +174,7 @@ func (m *Manager) Snapshots(ctx context.Context, ref string) ([]api.Snapshot, er
 	}
 	out := []api.Snapshot{}
 	for _, r := range rows {
-		r.SizeBytes = m.layerSize(r.Layer)
+		r.SizeBytes = m.layerSize(r.Layer) + m.layerSize(r.Memory)
 		out = append(out, r.Snapshot)
 	}
 	return out, nil
@@ -248,7 +275,7 @@ func (h *held) reset(ctx context.Context, name string, progress func(api.Progres
 		}
 	}
 	failpoint.Hit("reset/dropped")
-	fresh := disk{chain: snap.Chain, active: newLayer(engine.DiskFormat(h.DiskFormat))}
+	fresh := disk{chain: snap.Chain, active: newLayer(engine.DiskFormat(h.DiskFormat)), memory: snap.Memory}
 	if snap.Layer != "" {
 		fresh.chain = append(fresh.chain[:len(fresh.chain):len(fresh.chain)], snap.Layer)
 	}
