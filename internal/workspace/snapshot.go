@@ -69,9 +69,12 @@ func (h *held) snapshot(ctx context.Context, req api.SnapshotRequest) (*api.Snap
 		_, client := h.m.guest(h.Workspace)
 		if engine.DiskFormat(h.DiskFormat) == engine.DiskDirectory {
 			// A directory cannot be looked into later: keep what a diff needs.
-			if snap.SeedDigest, err = h.m.seedFromGuest(ctx, client); err != nil {
+			sd, err := h.m.seedFromGuest(ctx, client)
+			if err != nil {
 				return nil, err
 			}
+			defer sd.Close() // when the record that names it is written
+			snap.SeedDigest = sd.Digest
 		}
 		sup := supervisor.NewClient(h.machine())
 		take := sup.SnapshotDisk
@@ -110,28 +113,27 @@ func (h *held) snapshot(ctx context.Context, req api.SnapshotRequest) (*api.Snap
 	return &snap.Snapshot, st.AppendEvent(ctx, h.WorkspaceID, eventSnapshot, map[string]any{"name": name})
 }
 
-// seedFromGuest makes a seed of what lies in the workspace now, and returns its
-// digest.
-func (m *Manager) seedFromGuest(ctx context.Context, client *guestclient.Client) (string, error) {
+// seedFromGuest makes a seed of what lies in the workspace now. The caller
+// closes it.
+func (m *Manager) seedFromGuest(ctx context.Context, client *guestclient.Client) (*seed.Seed, error) {
 	seeds, err := m.seeds()
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	f, err := m.namelessFile()
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	defer f.Close()
 	if _, err := client.ExportArchive(ctx, api.WorkspacePath, f); err != nil {
-		return "", err
+		return nil, err
 	}
 	failpoint.Hit("snapshot/spooled")
 	sd, err := seeds.Build(ctx, seed.Source{Path: fmt.Sprintf("/proc/self/fd/%d", f.Fd())}, nil)
 	if err != nil {
-		return "", fmt.Errorf("keeping the workspace's files: %w", err)
+		return nil, fmt.Errorf("keeping the workspace's files: %w", err)
 	}
-	defer sd.Close()
-	return sd.Digest, nil
+	return sd, nil
 }
 
 // freezeStopped makes the stopped workspace's own layer a frozen one, and gives
