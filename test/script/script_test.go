@@ -96,6 +96,7 @@ func TestScripts(t *testing.T) {
 			"shellid":  cmdShellID,
 			"canary":   cmdCanary,
 			"project":  cmdProject,
+			"image":    cmdImage,
 		},
 	})
 }

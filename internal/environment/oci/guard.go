@@ -94,19 +94,24 @@ func (g *guard) dial(ctx context.Context, network, addr string) (net.Conn, error
 
 // notPublic are the networks that are not for everyone and that package netip
 // has no word for: this network and shared addresses (RFC 6890), benchmarks (RFC
-// 2544), the reserved rest, and the translation of IPv4 (RFC 6052), which leads
-// anywhere.
+// 2544), the reserved rest, and IPv4 in the clothes of IPv6 (Teredo, RFC 4380,
+// and 6to4, RFC 3056), which leads anywhere.
 var notPublic = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"),
 	netip.MustParsePrefix("100.64.0.0/10"),
 	netip.MustParsePrefix("192.0.0.0/24"),
 	netip.MustParsePrefix("198.18.0.0/15"),
 	netip.MustParsePrefix("240.0.0.0/4"),
-	netip.MustParsePrefix("64:ff9b::/96"),
+	netip.MustParsePrefix("2001::/32"),
+	netip.MustParsePrefix("2002::/16"),
 }
 
+// globalIPv6 is all of IPv6 that is given out (RFC 4291 section 2.4 and IANA's
+// registry).
+var globalIPv6 = netip.MustParsePrefix("2000::/3")
+
 func public(ip netip.Addr) bool {
-	if !ip.IsGlobalUnicast() || ip.IsPrivate() {
+	if !ip.IsGlobalUnicast() || ip.IsPrivate() || ip.Is6() && !globalIPv6.Contains(ip) {
 		return false
 	}
 	for _, p := range notPublic {
