@@ -93,7 +93,7 @@ func (s *Store) write(ctx context.Context, synchronous string, f func(*sql.Tx) e
 	if err != nil {
 		return s.translate(err)
 	}
-	defer tx.Rollback() //nolint:errcheck // after a commit there is nothing to roll back
+	defer func() { _ = tx.Rollback() }() // after a commit there is nothing to roll back
 	if err := f(tx); err != nil {
 		return s.translate(err)
 	}
@@ -106,7 +106,7 @@ func (s *Store) read(ctx context.Context, f func(*sql.Tx) error) error {
 	if err != nil {
 		return s.translate(err)
 	}
-	defer tx.Rollback() //nolint:errcheck // it only read
+	defer func() { _ = tx.Rollback() }() // it only read
 	return s.translate(f(tx))
 }
 

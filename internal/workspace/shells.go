@@ -210,7 +210,7 @@ func (m *Manager) AttachShell(ctx context.Context, ref, id string, req api.Attac
 		}
 		streams := guestclient.ExecIO{Stdin: req.Stdin, Stdout: req.Stdout}
 		w := redactions(values).Writer(req.Stdout)
-		defer w.Flush() //nolint:errcheck // the terminal is gone then
+		defer func() { _ = w.Flush() }() // the terminal is gone then
 		streams.Stdout = w
 		var stop func()
 		streams.Resize, stop = resizes(req.Resize)

@@ -120,7 +120,7 @@ func (e *Engine) startWarm(ctx context.Context, spec engine.MachineSpec, accel s
 	}
 	m, channel, err := e.launch(ctx, spec, accel, start{memory: memory, incoming: true})
 	if err != nil {
-		<-filled
+		_ = <-filled // it fails with what has failed already
 		memory.Close()
 		return nil, &blamelessError{err} // a boot will meet it as well
 	}
