@@ -27,8 +27,9 @@ var basePackages = []string{
 }
 
 var defaultPackages = append([]string{
-	"bzip2", "curl", "diffutils", "file", "git", "jq", "lsof", "nano", "netcat-openbsd", "openssh-client",
-	"patch", "psmisc", "python3", "ripgrep", "rsync", "sqlite3", "tree", "unzip", "wget", "xz-utils", "zip",
+	"bzip2", "curl", "diffutils", "file", "git", "htop", "jq", "lsof", "mount", "nano", "netcat-openbsd", "openssh-client",
+	"patch", "psmisc", "python3", "ripgrep", "rsync", "sqlite3", "tmux", "tree", "unzip", "vim-tiny", "wget",
+	"xz-utils", "zip",
 }, basePackages...)
 
 var buildPackages = append([]string{
