@@ -13,6 +13,10 @@ func (d *Dir) Database() string { return filepath.Join(d.path, "state.db") }
 // WorkspacesDir holds one directory for every workspace.
 func (d *Dir) WorkspacesDir() string { return filepath.Join(d.path, "workspaces") }
 
+// Ballast is a file that only takes room, to be given up where a full disk would
+// keep even the database from being read.
+func (d *Dir) Ballast() string { return filepath.Join(d.path, "ballast") }
+
 // LayersDir holds the layers of workspaces' disks, one file or directory each.
 func (d *Dir) LayersDir() string { return filepath.Join(d.path, "layers") }
 

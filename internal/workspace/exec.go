@@ -146,7 +146,7 @@ func (m *Manager) whyBroken(ctx context.Context, ws *store.Workspace, sup *super
 	if storeErr != nil {
 		return err
 	}
-	if _, getErr := st.Get(ctx, ws.WorkspaceID); errors.Is(getErr, api.ErrNotFound) {
+	if now, getErr := st.Get(ctx, ws.WorkspaceID); errors.Is(getErr, api.ErrNotFound) || getErr == nil && now.Intent == intentDelete {
 		return api.Errorf(api.ErrState, "workspace %s was deleted meanwhile", label(ws))
 	}
 	text := fmt.Sprintf("workspace %s stopped meanwhile", label(ws))

@@ -13,6 +13,8 @@ import (
 	"slices"
 	"sync"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/engine/all"
@@ -119,12 +121,43 @@ func (m *Manager) storeOnce(ctx context.Context) (_ *store.Store, opened bool, _
 	if m.openStore != nil {
 		return m.openStore, false, nil
 	}
-	st, err := store.Open(ctx, m.state.Database(), store.Options{WorkspacesDir: m.state.WorkspacesDir(), Logger: m.log})
+	st, err := m.openDatabase(ctx)
 	if err != nil {
 		return nil, false, err
 	}
 	m.openStore = st
 	return st, true, nil
+}
+
+// ballastSize is what SQLite needs to open a database and to delete from it, with
+// room to spare: its index of the write-ahead log is some 32 KiB.
+const ballastSize = 4 << 20
+
+// openDatabase opens the database of workspaces, on a full disk too: who wants to
+// delete some to make room must be able to.
+func (m *Manager) openDatabase(ctx context.Context) (*store.Store, error) {
+	options := store.Options{WorkspacesDir: m.state.WorkspacesDir(), Logger: m.log}
+	st, err := store.Open(ctx, m.state.Database(), options)
+	if errors.Is(err, api.ErrExhausted) && os.Remove(m.state.Ballast()) == nil {
+		return store.Open(ctx, m.state.Database(), options)
+	}
+	if err == nil && freeBytes(m.state.Path()) > freeFloor {
+		m.takeBallast()
+	}
+	return st, err
+}
+
+// takeBallast makes the ballast where it is missing. Without it pyro works, too.
+func (m *Manager) takeBallast() {
+	f, err := os.OpenFile(m.state.Ballast(), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	if err := unix.Fallocate(int(f.Fd()), 0, 0, ballastSize); err != nil {
+		m.log.Debug("taking ballast", "error", err)
+		_ = os.Remove(f.Name())
+	}
 }
 
 // seeds returns the store of seeds, opened.
