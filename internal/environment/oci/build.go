@@ -88,7 +88,7 @@ func (p *Puller) survey(ctx context.Context, img *Image, progress func(api.Progr
 		}
 		layers.Close()
 		healed := false
-		if !again && ctx.Err() == nil && api.Code(err) == api.Code(api.ErrDamaged) && layers.files != nil {
+		if !again && ctx.Err() == nil && layers.files != nil {
 			if healed, err = p.dropIfDamaged(ctx, img.layers[bad], err); healed {
 				p.log().Warn("a layer in the cache was damaged, fetching it again", "layer", img.layers[bad].digest.String())
 				continue

@@ -344,3 +344,42 @@ func TestSources(t *testing.T) {
 		}
 	}
 }
+
+// TestDamagedLayout: a byte that changed in any blob of a directory is noticed
+// by its digest.
+func TestDamagedLayout(t *testing.T) {
+	p := newPuller(t)
+	at := filepath.Join(t.TempDir(), "layout")
+	img := imageOf(t, v1.Config{}, layerOf(t, file("f", strings.Repeat("some text ", 100))), newZstdLayer(t, file("g", "2")))
+	if _, err := layout.Write(at, mutate.AppendManifests(empty.Index, mutate.IndexAddendum{Add: img})); err != nil {
+		t.Fatal(err)
+	}
+	blobs, err := filepath.Glob(filepath.Join(at, "blobs", "sha256", "*"))
+	if err != nil || len(blobs) != 4 {
+		t.Fatalf("%v, %v", blobs, err)
+	}
+	for _, blob := range blobs {
+		whole, err := os.ReadFile(blob)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, pos := range []int{0, len(whole) / 2, len(whole) - 1} {
+			changed := slices.Clone(whole)
+			changed[pos] ^= 4
+			if err := os.WriteFile(blob, changed, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, _, err := build(t.Context(), t, p, reference(t, "oci-layout:"+at)); api.Code(err) != "damaged" && api.Code(err) != "invalid" {
+				t.Errorf("byte %d of %.40q: %v (%s)", pos, whole, err, api.Code(err))
+			} else if strings.HasPrefix(string(whole), "{") && api.Code(err) != "damaged" {
+				t.Errorf("byte %d of the document %.40q was not noticed by its digest: %v", pos, whole, err)
+			}
+		}
+		if err := os.WriteFile(blob, whole, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, _, err := build(t.Context(), t, p, reference(t, "oci-layout:"+at)); err != nil {
+		t.Error(err)
+	}
+}

@@ -19,7 +19,8 @@ type Limits struct {
 	// all as they are unpacked, what later layers replace included.
 	CompressedBytes, TreeBytes int64
 	// Entries is for all layers, directories that are made on the way
-	// included. Each takes some hundred bytes of memory.
+	// included. Each takes some 800 bytes of memory (measured: 990,000 files,
+	// 780 MB).
 	Entries int64
 	// NameBytes is for all names, link targets and extended attributes.
 	NameBytes int64
@@ -28,7 +29,7 @@ type Limits struct {
 }
 
 // DefaultLimits are above what the largest images in use have (some 20 GiB and
-// 300,000 files), and what they allow fits into the memory of a small host.
+// 300,000 files).
 var DefaultLimits = Limits{
 	Layers:          512,
 	CompressedBytes: 32 << 30,

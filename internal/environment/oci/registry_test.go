@@ -121,6 +121,19 @@ func TestInterruptedPull(t *testing.T) {
 	}
 }
 
+// flip changes one byte of a file, from the end if at is negative.
+func flip(path string, at int) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if at < 0 {
+		at += len(b)
+	}
+	b[at] ^= 1
+	return os.WriteFile(path, b, 0o600)
+}
+
 // TestDamagedCache: a layer that changed in the cache is fetched again.
 func TestDamagedCache(t *testing.T) {
 	for _, tt := range []struct {
@@ -128,14 +141,8 @@ func TestDamagedCache(t *testing.T) {
 		damage func(path string) error
 	}{
 		{"Truncated", func(p string) error { return os.Truncate(p, 10) }},
-		{"Changed", func(p string) error {
-			b, err := os.ReadFile(p)
-			if err != nil {
-				return err
-			}
-			b[len(b)-10] ^= 1
-			return os.WriteFile(p, b, 0o600)
-		}},
+		{"ChangedInFront", func(p string) error { return flip(p, 0) }},
+		{"ChangedBehind", func(p string) error { return flip(p, -10) }},
 		{"HalfFetched", func(p string) error { return errors.Join(os.Rename(p, p+".part"), os.Truncate(p+".part", 10)) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
