@@ -59,6 +59,7 @@ func TestHostileLayers(t *testing.T) {
 		{"WhiteoutThroughALink", [][]entry{{symlink("l", filepath.Dir(outside))}, {whiteout("l/.wh.outside")}}, api.ErrInvalid, `leads through the link "l"`, nil},
 		{"OpaqueThroughALink", [][]entry{{dir("d"), file("d/f", "x"), symlink("l", "d")}, {whiteout("l/.wh..wh..opq")}}, api.ErrInvalid, `leads through the link "l"`, nil},
 		{"WhiteoutDotDot", [][]entry{{file("f", "x")}, {whiteout(".wh...")}}, api.ErrInvalid, "names nothing", nil},
+		{"WhiteoutOutside", [][]entry{{file("f", "x")}, {whiteout("../../.wh.f")}}, api.ErrInvalid, "leaves its directory", nil},
 		{"WhiteoutOfTheRoot", [][]entry{{file("f", "x")}, {whiteout(".wh..")}}, api.ErrInvalid, "names nothing", nil},
 		{"WhiteoutWithoutName", [][]entry{{whiteout(".wh.")}}, api.ErrInvalid, "names nothing", nil},
 		{"LostAndFound", [][]entry{{file("lost+found", "x"), file("f", "x")}, {whiteout(".wh.lost+found")}}, nil, "",

@@ -35,6 +35,9 @@ type Puller struct {
 	// RetryDelay is the wait before the second attempt to fetch something,
 	// before the third it is thrice that; 0 means a second.
 	RetryDelay time.Duration
+	// StallLimit is how long a registry may send nothing in the middle of a
+	// layer; 0 means a minute.
+	StallLimit time.Duration
 	// Transport replaces the connection to registries, and with it the check
 	// of where they redirect to; nil but in tests.
 	Transport http.RoundTripper

@@ -172,17 +172,27 @@ func (p *Puller) download(ctx context.Context, src source, l layer, index int, m
 	if err := part.Truncate(0); err != nil {
 		return err
 	}
-	body, err := src.blob(ctx, l)
+	limit := p.StallLimit
+	if limit == 0 {
+		limit = time.Minute
+	}
+	flowing, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stalled := time.AfterFunc(limit, func() { cancel(errStalled) })
+	defer stalled.Stop()
+	body, err := src.blob(flowing, l)
 	if err != nil {
 		return err
 	}
 	defer body.Close()
 	hash := sha256.New()
-	to := &errorOf{w: io.MultiWriter(io.NewOffsetWriter(part, 0), hash, m.of(index))}
+	to := &errorOf{w: io.MultiWriter(io.NewOffsetWriter(part, 0), hash, m.of(index), restart{stalled, limit})}
 	n, err := io.Copy(to, io.LimitReader(body, l.size+1))
 	switch {
 	case to.err != nil:
 		return to.err
+	case context.Cause(flowing) == errStalled:
+		return api.Errorf(api.ErrUnavailable, "nothing has come for %s", limit)
 	case n < l.size && err == nil:
 		err = io.ErrUnexpectedEOF
 		fallthrough
@@ -193,6 +203,19 @@ func (p *Puller) download(ctx context.Context, src source, l layer, index int, m
 		return api.Errorf(api.ErrDamaged, "what came is not the layer %s of %d bytes that the manifest names", l.digest, l.size)
 	}
 	return nil
+}
+
+var errStalled = errors.New("stalled")
+
+// restart starts a timer anew whenever something is written.
+type restart struct {
+	timer *time.Timer
+	limit time.Duration
+}
+
+func (r restart) Write(p []byte) (int, error) {
+	r.timer.Reset(r.limit)
+	return len(p), nil
 }
 
 // errorOf keeps the error of a writer apart from that of the reader.

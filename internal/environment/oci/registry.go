@@ -63,7 +63,13 @@ func (p *Puller) mirrored(image name.Reference) (name.Reference, error) {
 	return at, nil
 }
 
+// describeLimit is how long a registry may take to describe an image: a few
+// requests with small answers, each tried several times.
+const describeLimit = 5 * time.Minute
+
 func (p *Puller) resolveAt(ctx context.Context, ref Reference, at name.Reference) (*Image, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, describeLimit, api.Errorf(api.ErrUnavailable, "the registry has not answered within %s", describeLimit))
+	defer cancel()
 	if d, ok := at.(name.Digest); ok && !strings.HasPrefix(d.DigestStr(), "sha256:") {
 		return nil, api.Errorf(api.ErrUnsupported, "only sha256 digests are supported")
 	}

@@ -12,7 +12,9 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -56,12 +58,25 @@ func TestInterruptedPull(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	first := make(chan struct{})
+	var asked atomic.Int32 // for the last layer
 	s.intercept = func(w http.ResponseWriter, r *http.Request) bool {
 		if !strings.HasSuffix(r.URL.Path, digest.String()) {
 			return false
 		}
-		<-first
-		cancel()
+		switch asked.Add(1) {
+		case 1: // the caller gives up
+			<-first
+			cancel()
+		case 2, 3: // the connection breaks
+			body, err := last.Compressed()
+			if err != nil {
+				t.Error(err)
+				return true
+			}
+			_, _ = io.CopyN(w, body, 100)
+		default:
+			return false
+		}
 		panic(http.ErrAbortHandler)
 	}
 	img, err := p.Resolve(ctx, ref)
@@ -94,21 +109,6 @@ func TestInterruptedPull(t *testing.T) {
 	}
 	s.blobs()
 
-	// Then the connection breaks twice.
-	broken := 0
-	s.intercept = func(w http.ResponseWriter, r *http.Request) bool {
-		if !strings.HasSuffix(r.URL.Path, digest.String()) || broken == 2 {
-			return false
-		}
-		broken++
-		body, err := last.Compressed()
-		if err != nil {
-			t.Error(err)
-			return true
-		}
-		_, _ = io.CopyN(w, body, 100)
-		panic(http.ErrAbortHandler)
-	}
 	image, _, err := build(t.Context(), t, p, ref)
 	if err != nil {
 		t.Fatal(err)
@@ -295,5 +295,32 @@ func TestPruneLayers(t *testing.T) {
 	}
 	if d := cmp.Diff([]string{strings.TrimPrefix(layers[0], "sha256:"), "mine"}, left); d != "" {
 		t.Error(d)
+	}
+}
+
+// TestStall: a registry that goes silent is given up, and asked again.
+func TestStall(t *testing.T) {
+	s, p := newServer(t), newPuller(t)
+	p.StallLimit = 50 * time.Millisecond
+	layer := layerOf(t, file("a", strings.Repeat("text", 1000)))
+	ref := s.push(t, "image", imageOf(t, v1.Config{}, layer))
+	digest, err := layer.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var asked atomic.Int32
+	s.intercept = func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.HasSuffix(r.URL.Path, digest.String()) {
+			return false
+		}
+		asked.Add(1)
+		_, _ = w.Write([]byte("x"))
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+		return true
+	}
+	_, _, err = build(t.Context(), t, p, ref)
+	if !errors.Is(err, api.ErrUnavailable) || !strings.Contains(err.Error(), "nothing has come for 50ms") || asked.Load() != 3 {
+		t.Errorf("asked %d times, got %v", asked.Load(), err)
 	}
 }
