@@ -50,7 +50,17 @@ func (m *Manager) Run(ctx context.Context, req api.RunRequest) (_ *api.ExecResul
 		req.Progress(api.Progress{Phase: "note", Message: note})
 	}
 	req.Progress(api.Progress{Phase: "ready", Message: fmt.Sprintf("guest ready in %.1f s", float64(p.Status.BootMS)/1000)})
-	res, err := runCommand(ctx, p, req)
+	// By now the environment is there, and its image may say how to run things.
+	env, err := m.environments.Inspect(ctx, req.Environment)
+	if err != nil {
+		return nil, err
+	}
+	image, err := m.imageConfig(ctx, env.Digest)
+	if err != nil {
+		return nil, err
+	}
+	req.Env = image.Environ(req.Env)
+	res, err := runCommand(ctx, p, req, image.WorkingDir)
 	if err != nil {
 		return nil, explain(ctx, p, err)
 	}
@@ -95,9 +105,9 @@ func fill(r *api.RunRequest, defaultEngine string) error {
 }
 
 // runCommand runs the request's command on a machine that is up.
-func runCommand(ctx context.Context, p *supervisor.Process, req api.RunRequest) (*api.ExecResult, error) {
+func runCommand(ctx context.Context, p *supervisor.Process, req api.RunRequest, cwd string) (*api.ExecResult, error) {
 	client := guestclient.New(p.DialGuest, guestclient.Options{Patience: patience(p.Status.TimeScale)})
-	c := command{argv: req.Argv, env: req.Env, timeout: req.Timeout, stdin: req.Stdin,
+	c := command{argv: req.Argv, env: req.Env, cwd: cwd, timeout: req.Timeout, stdin: req.Stdin,
 		stdout: recorder{to: req.Stdout}, stderr: recorder{to: req.Stderr}}
 	return c.run(ctx, client)
 }
