@@ -12,7 +12,7 @@ type ImageConfig struct {
 	// Env holds "NAME=value", each name once, in the image's order.
 	Env []string `json:"env,omitempty"`
 	// WorkingDir is an absolute path without "..", "" for none. It exists in
-	// the environment, or is something else than a directory there.
+	// the environment, as a directory or a link.
 	WorkingDir string `json:"working_dir,omitempty"`
 	// User is a name or number with an optional group, as in "app:1000". Only
 	// the guest can say what a name means.

@@ -107,7 +107,7 @@ func (p *Puller) openArchive(ref Reference) (_ *Image, err error) {
 	}
 	defer func() {
 		if err != nil {
-			s.Close()
+			err = errors.Join(err, s.Close())
 		}
 	}()
 	doc, err := s.read("manifest.json", p.limits().DocumentBytes)

@@ -235,6 +235,7 @@ func TestHostileManifests(t *testing.T) {
 		{"WorkingDirLeaves", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.WorkingDir = "/a/../../etc" }), api.ErrInvalid, "working directory"},
 		{"WorkingDirLong", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.WorkingDir = "/" + strings.Repeat("x", 5000) }), api.ErrInvalid, "working directory"},
 		{"WorkingDirInAFile", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.WorkingDir = "/f/x" }), api.ErrInvalid, "working directory"},
+		{"WorkingDirIsAFile", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.WorkingDir = "/f" }), api.ErrInvalid, "is no directory"},
 		{"EnvLong", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.Env = []string{"A=" + strings.Repeat("x", 40<<10)} }), api.ErrInvalid, "environment"},
 		{"EnvMany", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.Env = make([]string, 1001) }), api.ErrInvalid, "environment"},
 		{"EnvNUL", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.Env = []string{"A=\x00"} }), api.ErrInvalid, "NUL"},

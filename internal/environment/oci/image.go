@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -150,7 +151,7 @@ func (p *Puller) Resolve(ctx context.Context, ref Reference) (_ *Image, err erro
 func (p *Puller) describe(ctx context.Context, ref Reference, src manifestSource) (_ *Image, err error) {
 	defer func() {
 		if err != nil {
-			src.Close()
+			err = errors.Join(err, src.Close())
 		}
 	}()
 	doc, mediaType, err := src.root(ctx)

@@ -175,7 +175,13 @@ func (t *tree) complete(workingDir string, made time.Time) error {
 			return fmt.Errorf("writing %s: %w", f.name, err)
 		}
 	}
-	if workingDir == "" || t.w.Exists(workingDir) {
+	if workingDir == "" {
+		return nil
+	}
+	if mode, ok := t.w.Mode(workingDir); ok {
+		if kind := mode & fileType; kind != ext4image.ModeDir && kind != ext4image.ModeSymlink {
+			return api.Errorf(api.ErrInvalid, "the working directory %.200q is no directory", workingDir)
+		}
 		return nil
 	}
 	// As docker does.
