@@ -298,8 +298,11 @@ func expiryText(t *time.Time) string {
 	if t == nil {
 		return "never"
 	}
-	// What was given ten minutes a moment ago has ten minutes.
-	return humanize.Time(t.Add(30 * time.Second))
+	if time.Until(*t) > 2*time.Minute {
+		// What was given ten minutes a moment ago has ten minutes.
+		return humanize.Time(t.Add(30 * time.Second))
+	}
+	return humanize.Time(*t)
 }
 
 type listOptions struct{ labels []string }

@@ -51,13 +51,15 @@ func (m *Manager) Run(ctx context.Context, req api.RunRequest) (_ *api.ExecResul
 	}
 	req.Progress(api.Progress{Phase: "ready", Message: fmt.Sprintf("guest ready in %.1f s", float64(p.Status.BootMS)/1000)})
 	// By now the environment is there, and its image may say how to run things.
-	env, err := m.environments.Inspect(ctx, req.Environment)
-	if err != nil {
-		return nil, err
-	}
-	image, err := m.imageConfig(ctx, env.Digest)
-	if err != nil {
-		return nil, err
+	var image api.ImageConfig
+	if candidate.NeedsImage {
+		env, err := m.environments.Inspect(ctx, req.Environment)
+		if err != nil {
+			return nil, err
+		}
+		if image, err = m.imageConfig(ctx, env.Digest); err != nil {
+			return nil, err
+		}
 	}
 	req.Env = image.Environ(req.Env)
 	res, err := runCommand(ctx, p, req, image.WorkingDir)

@@ -120,7 +120,9 @@ func (e *Engine) startWarm(ctx context.Context, spec engine.MachineSpec, accel s
 	}
 	m, channel, err := e.launch(ctx, spec, accel, start{memory: memory, incoming: true})
 	if err != nil {
-		_ = <-filled // it fails with what has failed already
+		if fillErr := <-filled; fillErr != nil {
+			spec.Logger.Debug("filling a template's memory", "err", fillErr)
+		}
 		memory.Close()
 		return nil, &blamelessError{err} // a boot will meet it as well
 	}
