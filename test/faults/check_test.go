@@ -138,7 +138,7 @@ func (l *lab) checkOwners(d *statedir.Dir) {
 		l.Fatal(err)
 	}
 	for _, e := range entries {
-		if !strings.HasPrefix(e.Name(), "state.db") && !strings.Contains(" workspaces machines layers seeds accelerator.json mcp-token ", " "+e.Name()+" ") {
+		if !strings.HasPrefix(e.Name(), "state.db") && !strings.Contains(" workspaces machines layers seeds accelerator.json mcp-token ballast secrets.key proofs ", " "+e.Name()+" ") {
 			l.Errorf("nobody knows of %s in the state directory", e.Name())
 		}
 	}
