@@ -254,7 +254,7 @@ func (g *Guest) nothingLeft(t *testing.T, marker string) {
 	// match itself.
 	find := fmt.Sprintf(`for p in /proc/[0-9]*; do tr '\0' ' ' < $p/cmdline 2>/dev/null | grep -q '[%s]%s$\|[%s]%s ' && echo $p; done; true`,
 		marker[:1], marker[1:], marker[:1], marker[1:])
-	deadline := g.within(t, 2*time.Second)
+	deadline := g.within(t, 10*time.Second)
 	for {
 		left := g.sh(t, find)
 		if left == "" {
