@@ -284,17 +284,6 @@ func configOf(m artifact.Manifest) (c api.ImageConfig, err error) {
 	return c, nil
 }
 
-// Config returns the settings of the OCI image that exactly this environment
-// was made from, whatever its name means by now; none for a curated one.
-func (s *Store) Config(ctx context.Context, digest string) (api.ImageConfig, error) {
-	held, err := s.artifacts.AcquireDigest(ctx, digest)
-	if err != nil {
-		return api.ImageConfig{}, err
-	}
-	defer held.Close()
-	return configOf(held.Manifest)
-}
-
 // Remove takes the environment's name away, and its files unless inUse names
 // their digest, another name means them or somebody holds them: then the next
 // Prune after that does. What is not installed is api.ErrNotFound.

@@ -125,8 +125,10 @@ func TestImageLife(t *testing.T) {
 			t.Errorf("%s is %+v", given, img)
 		}
 	}
-	if c, err := s.Config(ctx, img.Digest); err != nil || c.WorkingDir != "/srv" {
-		t.Errorf("config %+v, %v", c, err)
+	if same, err := s.UseDigest(ctx, short, img.Digest); err != nil || same.Config.WorkingDir != "/srv" {
+		t.Errorf("config %+v, %v", same, err)
+	} else {
+		same.Close()
 	}
 
 	// The tag moves: what is installed stays until the next pull, and then for

@@ -19,6 +19,8 @@ type Workspace struct {
 
 	// EnvironmentDigest is the environment's image.
 	EnvironmentDigest string `json:"environment_digest"`
+	// Image is how its environment's image says to run things.
+	Image api.ImageConfig `json:"image,omitzero"`
 	// SeedDigest names the seed; "" for none.
 	SeedDigest string `json:"seed_digest"`
 	// DiskFormat is the format of the layers.

@@ -241,7 +241,7 @@ func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Sourc
 	failpoint.Hit("create/gathered")
 	err = h.update(ctx, func(ws *store.Workspace) error {
 		if image != nil {
-			ws.EnvironmentDigest = image.Digest
+			ws.EnvironmentDigest, ws.Image = image.Digest, image.Config
 			if ws.DiskMiB == 0 {
 				ws.DiskMiB = image.DiskMiB
 			}

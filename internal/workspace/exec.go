@@ -36,7 +36,7 @@ func (m *Manager) Exec(ctx context.Context, ref string, req api.ExecRequest) (*a
 	if err != nil {
 		return nil, err
 	}
-	env, set, err := m.environ(ctx, ws, req.Env, req.SecretEnv)
+	env, set, err := m.environ(ws, req.Env, req.SecretEnv)
 	if err != nil {
 		return nil, err
 	}

@@ -30,7 +30,7 @@ func (h *held) startMachine(ctx context.Context, c engine.Candidate, d disk, pro
 	if err != nil {
 		return nil, err
 	}
-	p, err := h.m.startMachine(ctx, c, machineRequest{
+	p, _, err := h.m.startMachine(ctx, c, machineRequest{
 		ID: h.WorkspaceID, Environment: h.Environment, Digest: h.EnvironmentDigest,
 		VCPUCount: h.VCPUCount, MemMiB: h.MemMiB, DiskMiB: h.DiskMiB,
 		Disk: h.m.state.Layer(d.active), Layers: paths, Require: h.Require, TTL: timeLeft(h.Workspace), Network: h.NetworkPolicy,

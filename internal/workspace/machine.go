@@ -65,18 +65,19 @@ func (s machineSize) fill() error {
 const freeFloor = 64 << 20
 
 // startMachine fetches what the engine needs and starts a supervisor, whose
-// machine ends with the returned Process unless that is told to keep it.
-func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req machineRequest) (*supervisor.Process, error) {
+// machine ends with the returned Process unless that is told to keep it. config
+// is how the machine's image says to run things.
+func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req machineRequest) (_ *supervisor.Process, config api.ImageConfig, err error) {
 	binary, err := m.findBinary()
 	if err != nil {
-		return nil, err
+		return nil, config, err
 	}
 	agent, err := m.findAgent()
 	if err != nil {
-		return nil, err
+		return nil, config, err
 	}
 	if err := m.checkSpace(freeFloor); err != nil {
-		return nil, err
+		return nil, config, err
 	}
 	dir := m.state.Machine(req.ID)
 	spec := engine.MachineSpec{
@@ -86,14 +87,14 @@ func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req mach
 	}
 	image, kernel, err := m.fetch(ctx, c.Capabilities, req)
 	if err != nil {
-		return nil, err
+		return nil, config, err
 	}
 	// The supervisor inherits the locks: closing ours frees nothing that runs.
 	defer image.Close()
 	defer kernel.Close()
 	hold := req.Hold
 	if image != nil {
-		spec.RootImage = image.Path
+		spec.RootImage, config = image.Path, image.Config
 		hold = append(hold, image.Lock)
 	}
 	if kernel != nil {
@@ -105,17 +106,18 @@ func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req mach
 	var launcher []string
 	if l, ok := c.Engine.(engine.Launcher); ok {
 		if launcher, err = l.Launcher(); err != nil {
-			return nil, err
+			return nil, config, err
 		}
 	}
 	req.Progress(api.Progress{Phase: "boot", Message: "starting a guest: " + c.Detail})
-	return supervisor.Spawn(ctx, supervisor.SpawnOptions{
+	p, err := supervisor.Spawn(ctx, supervisor.SpawnOptions{
 		Binary: binary, Launcher: launcher, Hold: hold,
 		Config: supervisor.Config{
 			Dir: dir.Path(), Engine: c.Name(), Require: req.Require, Spec: spec,
 			NoteFile: m.state.AcceleratorFile(), TTL: req.TTL, Leased: true, Ephemeral: req.Ephemeral, Network: req.Network,
 		},
 	})
+	return p, config, err
 }
 
 // templatesDir is where engines keep templates of booted guests; "" where

@@ -32,9 +32,8 @@ func (m *Manager) Run(ctx context.Context, req api.RunRequest) (_ *api.ExecResul
 	if _, err := m.environments.Inspect(ctx, req.Environment); err != nil {
 		return nil, err
 	}
-	id := newID()
-	p, err := m.startMachine(ctx, candidate, machineRequest{
-		ID: id, Environment: req.Environment, VCPUCount: req.VCPUCount, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB,
+	p, image, err := m.startMachine(ctx, candidate, machineRequest{
+		ID: newID(), Environment: req.Environment, VCPUCount: req.VCPUCount, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB,
 		Require: req.Require, TTL: req.TTL, Network: req.NetworkPolicy, Ephemeral: true, Progress: req.Progress,
 	})
 	if err != nil {
@@ -50,17 +49,6 @@ func (m *Manager) Run(ctx context.Context, req api.RunRequest) (_ *api.ExecResul
 		req.Progress(api.Progress{Phase: "note", Message: note})
 	}
 	req.Progress(api.Progress{Phase: "ready", Message: fmt.Sprintf("guest ready in %.1f s", float64(p.Status.BootMS)/1000)})
-	// By now the environment is there, and its image may say how to run things.
-	var image api.ImageConfig
-	if candidate.NeedsImage {
-		env, err := m.environments.Inspect(ctx, req.Environment)
-		if err != nil {
-			return nil, err
-		}
-		if image, err = m.imageConfig(ctx, env.Digest); err != nil {
-			return nil, err
-		}
-	}
 	req.Env = image.Environ(req.Env)
 	res, err := runCommand(ctx, p, req, image.WorkingDir)
 	if err != nil {

@@ -187,16 +187,12 @@ func (m *Manager) deliverSecrets(ctx context.Context, ws *store.Workspace, clien
 // environ returns the environment of a command: what its image says, env over
 // that, and the secrets that it asks for; and what is to be redacted of its
 // output.
-func (m *Manager) environ(ctx context.Context, ws *store.Workspace, env, secretEnv map[string]string) (map[string]string, *redact.Set, error) {
+func (m *Manager) environ(ws *store.Workspace, env, secretEnv map[string]string) (map[string]string, *redact.Set, error) {
 	values, err := m.secretsOf(ws)
 	if err != nil {
 		return nil, nil, err
 	}
-	image, err := m.imageConfig(ctx, ws.EnvironmentDigest)
-	if err != nil {
-		return nil, nil, err
-	}
-	full := image.Environ(env)
+	full := ws.Image.Environ(env)
 	for name, variable := range secretEnv {
 		value, ok := values[name]
 		if !ok {
@@ -209,15 +205,6 @@ func (m *Manager) environ(ctx context.Context, ws *store.Workspace, env, secretE
 		full[variable] = value
 	}
 	return full, redactions(values), nil
-}
-
-// imageConfig is what the image with that digest, "" for none, says of how to
-// run commands in it.
-func (m *Manager) imageConfig(ctx context.Context, digest string) (api.ImageConfig, error) {
-	if digest == "" {
-		return api.ImageConfig{}, nil
-	}
-	return m.environments.Config(ctx, digest)
 }
 
 func secretNames(ws *store.Workspace) string {

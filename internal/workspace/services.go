@@ -46,7 +46,7 @@ func (m *Manager) StartService(ctx context.Context, ref, name string, req api.St
 		return nil, api.WithHint(api.Errorf(api.ErrDenied, "workspace %s has the network policy %s, which publishes no ports", label(ws), ws.NetworkPolicy),
 			"create it with --network-policy %s", api.NetworkEgressPublishing)
 	}
-	env, set, err := m.environ(ctx, ws, req.Env, req.SecretEnv)
+	env, set, err := m.environ(ws, req.Env, req.SecretEnv)
 	if err != nil {
 		return nil, err
 	}

@@ -69,7 +69,7 @@ func optionalTime(seconds *float64) *time.Time {
 // OpenShell starts an interactive session in a running workspace.
 func (m *Manager) OpenShell(ctx context.Context, ref string, req api.OpenShellRequest) (*api.Shell, error) {
 	return inGuest(ctx, m, ref, func(ws *store.Workspace, c *guestclient.Client) (*api.Shell, error) {
-		env, _, err := m.environ(ctx, ws, req.Env, req.SecretEnv)
+		env, _, err := m.environ(ws, req.Env, req.SecretEnv)
 		if err != nil {
 			return nil, err
 		}
