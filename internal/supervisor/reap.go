@@ -22,7 +22,7 @@ import (
 // whose lock nobody holds is ended for good and its directory removed. It
 // returns the ids it removed, and goes on after an error. Every command that
 // starts machines calls it first; on a directory with nothing to do it costs
-// one directory read.
+// one directory read, and the record of every machine that is not ephemeral.
 func Reap(ctx context.Context, state *statedir.Dir) (removed []string, err error) {
 	entries, err := os.ReadDir(state.MachinesDir())
 	if err != nil {
@@ -42,6 +42,12 @@ func Reap(ctx context.Context, state *statedir.Dir) (removed []string, err error
 }
 
 func reapOne(ctx context.Context, dir statedir.Machine) (bool, error) {
+	// Workspaces' machines are none of Reap's: their locks, which a command that
+	// starts one wants, are left alone. A record never becomes ephemeral.
+	var rec record
+	if err := statedir.ReadJSON(dir.RecordFile(), &rec); err == nil && !rec.Ephemeral {
+		return false, nil
+	}
 	if err := seizable(dir); err != nil {
 		if errors.Is(err, api.ErrBusy) || errors.Is(err, os.ErrNotExist) {
 			return false, nil
@@ -56,7 +62,7 @@ func reapOne(ctx context.Context, dir statedir.Machine) (bool, error) {
 		return false, err
 	}
 	defer lock.Close()
-	var rec record
+	// Once more: the record may have been written since.
 	if err := statedir.ReadJSON(dir.RecordFile(), &rec); err == nil && !rec.Ephemeral {
 		return false, nil
 	}
