@@ -285,9 +285,7 @@ func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Sourc
 // process.
 func (h *held) started(ctx context.Context, p *supervisor.Process, event store.Event) error {
 	err := h.update(ctx, func(ws *store.Workspace) error {
-		ws.Intent, ws.LastError, ws.LastActivityAt = "", nil, time.Now().UTC()
-		ws.Isolation, ws.ExecutionMode, ws.TimeScale = p.Status.Isolation, executionMode(p.Status.Isolation), p.Status.TimeScale
-		return enter(ws, api.StateStarted)
+		return enterStarted(ws, p.Status)
 	}, event)
 	if err != nil {
 		return err

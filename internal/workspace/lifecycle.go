@@ -127,9 +127,7 @@ func (h *held) start(ctx context.Context, progress func(api.Progress)) (err erro
 	defer p.Release()
 	failpoint.Hit("start/booted")
 	err = h.update(ctx, func(ws *store.Workspace) error {
-		ws.Intent, ws.LastError, ws.LastActivityAt = "", nil, time.Now().UTC()
-		ws.Isolation, ws.ExecutionMode, ws.TimeScale = p.Status.Isolation, executionMode(p.Status.Isolation), p.Status.TimeScale
-		return enter(ws, api.StateStarted)
+		return enterStarted(ws, p.Status)
 	}, store.Event{Kind: eventStarted, Detail: map[string]any{"engine": h.Engine, "isolation": p.Status.Isolation}})
 	if err != nil {
 		return err
@@ -169,7 +167,7 @@ func (m *Manager) StopWorkspace(ctx context.Context, ref string) (*api.Workspace
 		return nil, err
 	}
 	defer h.release()
-	if h.State == api.StateStarted || h.State == api.StatePaused {
+	if hasMachine(h.Workspace) {
 		if err := h.stop(ctx); err != nil {
 			return nil, fmt.Errorf("stopping workspace %s: %w", label(h.Workspace), err)
 		}
@@ -302,7 +300,7 @@ func (m *Manager) UpdateWorkspace(ctx context.Context, ref string, u api.Workspa
 	if err != nil {
 		return nil, fmt.Errorf("updating workspace %s: %w", label(h.Workspace), err)
 	}
-	if u.TTL != nil && (h.State == api.StateStarted || h.State == api.StatePaused) {
+	if u.TTL != nil && hasMachine(h.Workspace) {
 		if err := supervisor.NewClient(h.machine()).SetExpiry(ctx, timeLeft(h.Workspace)); err != nil {
 			return nil, fmt.Errorf("telling the supervisor of workspace %s: %w", label(h.Workspace), err)
 		}

@@ -33,7 +33,7 @@ func (m *Manager) setPaused(ctx context.Context, ref string, paused bool) (*api.
 	if h.State == to {
 		return &h.Workspace.Workspace, nil
 	}
-	if h.State != api.StateStarted && h.State != api.StatePaused {
+	if !hasMachine(h.Workspace) {
 		return nil, mustRun(h.Workspace)
 	}
 	if err := supervisor.NewClient(h.machine()).SetPaused(ctx, paused); err != nil {

@@ -302,17 +302,12 @@ func (h *held) reset(ctx context.Context, name string, progress func(api.Progres
 	}
 	defer p.Release()
 	failpoint.Hit("reset/booted")
-	last := h.LastEvent
 	now := time.Now().UTC()
 	err = h.update(ctx, func(ws *store.Workspace) error {
 		ws.Layers, ws.ActiveLayer, ws.PendingLayer = fresh.chain, fresh.active, ""
-		ws.Intent, ws.LastError, ws.LastActivityAt = "", nil, now
 		ws.ResetCount++
-		ws.LastResetAt = &now
-		ws.CommandCount, ws.ServiceCount, ws.RunningServiceCount, ws.Published = 0, 0, 0, nil
-		ws.HistoryStart = last
-		ws.Isolation, ws.ExecutionMode, ws.TimeScale = p.Status.Isolation, executionMode(p.Status.Isolation), p.Status.TimeScale
-		return enter(ws, api.StateStarted)
+		ws.LastResetAt, ws.CommandCount, ws.HistoryStart = &now, 0, ws.LastEvent
+		return enterStarted(ws, p.Status)
 	}, store.Event{Kind: eventReset, Detail: map[string]any{"snapshot": name}})
 	if err != nil {
 		return err

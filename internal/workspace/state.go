@@ -50,6 +50,14 @@ func enter(ws *store.Workspace, to api.WorkspaceState) error {
 	return nil
 }
 
+// enterStarted moves ws into the state of a workspace whose machine has just come
+// up.
+func enterStarted(ws *store.Workspace, machine supervisor.Status) error {
+	ws.Intent, ws.LastError, ws.LastActivityAt = "", nil, time.Now().UTC()
+	ws.Isolation, ws.ExecutionMode, ws.TimeScale = machine.Isolation, executionMode(machine.Isolation), machine.TimeScale
+	return enter(ws, api.StateStarted)
+}
+
 // lockPatience is how long a change waits for another change of the same
 // workspace. Whoever waits longer had better know that somebody else is at it.
 const lockPatience = 4 * time.Second
@@ -143,12 +151,22 @@ func label(ws *store.Workspace) string {
 	return ws.WorkspaceID
 }
 
+// hasMachine reports whether a machine belongs to the workspace's state.
+func hasMachine(ws *store.Workspace) bool {
+	return ws.State == api.StateStarted || ws.State == api.StatePaused
+}
+
+// settled reports whether the record says nothing that a killed process may have
+// left half done, given whether its machine is alive.
+func settled(ws *store.Workspace, alive bool) bool {
+	return ws.Intent == "" && ws.PendingLayer == "" && ws.State != api.StateStarting && (alive || !hasMachine(ws))
+}
+
 // settle brings the record and the truth together. Nobody else is changing this
 // workspace: what is half done was left by a process that is gone.
 func (h *held) settle(ctx context.Context) error {
 	alive := supervisor.Alive(h.machine())
-	running := h.State == api.StateStarted || h.State == api.StatePaused
-	if h.Intent == "" && h.PendingLayer == "" && h.State != api.StateStarting && (alive || !running) {
+	if settled(h.Workspace, alive) {
 		return nil
 	}
 	// The caller's patience must not leave this half done again.
@@ -193,7 +211,7 @@ func (h *held) settle(ctx context.Context) error {
 			kind, why = eventInterrupted, "the command that was starting it was killed"
 			ws.LastError = &why
 			return enter(ws, api.StateStopped)
-		case !alive && (ws.State == api.StateStarted || ws.State == api.StatePaused):
+		case !alive && hasMachine(ws):
 			why = howEnded(h.machine())
 			if why == "" {
 				kind = eventStopped
@@ -282,9 +300,8 @@ func (m *Manager) interruptCommands(ctx context.Context, id string) error {
 // look returns a workspace as it is, settling first what needs it. Nobody is
 // waited for: what another command is changing is shown as it stands.
 func (m *Manager) look(ctx context.Context, ws *store.Workspace) (*store.Workspace, error) {
-	dir := m.state.Machine(ws.WorkspaceID)
-	running := ws.State == api.StateStarted || ws.State == api.StatePaused
-	if ws.Intent == "" && ws.PendingLayer == "" && ws.State != api.StateStarting && (!running || supervisor.Alive(dir)) {
+	// Whether one that has no machine is alive is not worth a look.
+	if settled(ws, !hasMachine(ws) || supervisor.Alive(m.state.Machine(ws.WorkspaceID))) {
 		return ws, nil
 	}
 	h, err := m.holdRow(ctx, ws, 0)
