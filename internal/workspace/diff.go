@@ -27,22 +27,19 @@ import (
 // Diff compares the files of a running workspace with its seed or a snapshot.
 // It does not count as activity.
 func (m *Manager) Diff(ctx context.Context, ref string, req api.DiffRequest) (*api.Diff, error) {
-	ws, err := m.running(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
-	base, err := m.diffBase(ctx, ws, req.From)
-	if err != nil {
-		return nil, err
-	}
-	defer base.close()
-	sup, client := m.guest(ws)
-	diff, err := m.diff(ctx, client, base, req)
-	if err != nil {
-		return nil, m.whyBroken(ctx, ws, sup, err)
-	}
-	diff.WorkspaceID = ws.WorkspaceID
-	return diff, nil
+	return inGuest(ctx, m, ref, func(ws *store.Workspace, c *guestclient.Client) (*api.Diff, error) {
+		base, err := m.diffBase(ctx, ws, req.From)
+		if err != nil {
+			return nil, err
+		}
+		defer base.close()
+		diff, err := m.diff(ctx, c, base, req)
+		if err != nil {
+			return nil, err
+		}
+		diff.WorkspaceID = ws.WorkspaceID
+		return diff, nil
+	})
 }
 
 func (m *Manager) diff(ctx context.Context, client *guestclient.Client, base *diffBase, req api.DiffRequest) (*api.Diff, error) {
@@ -152,7 +149,7 @@ func guestManifest(ctx context.Context, client *guestclient.Client, unread *[]ap
 		_, err := client.Manifest(ctx, api.WorkspacePath, func(e guestproto.ManifestEntry) error {
 			entry := manifest.Entry{Path: string(e.Path), Type: e.Type, Mode: e.Mode, Size: e.Size, Target: string(e.Target)}
 			if e.Error != "" {
-				*unread = append(*unread, api.SkippedEntry{Path: printablePath(entry.Path), Reason: printablePath(e.Error)})
+				*unread = append(*unread, api.SkippedEntry{Path: validText(entry.Path), Reason: validText(e.Error)})
 				if e.Type != manifest.Directory {
 					return nil
 				}
@@ -184,7 +181,7 @@ type diffBase struct {
 // diffBase opens the seed, or a snapshot by its name.
 func (m *Manager) diffBase(ctx context.Context, ws *store.Workspace, from string) (*diffBase, error) {
 	if from == "" || from == api.BaselineSnapshot {
-		return m.seedBase(ctx, ws.SeedDigest, orText(from, "seed"))
+		return m.seedBase(ctx, ws.SeedDigest, cmp.Or(from, "seed"))
 	}
 	st, err := m.store(ctx)
 	if err != nil {

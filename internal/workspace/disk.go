@@ -1,6 +1,7 @@
 package workspace
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -101,7 +102,7 @@ func (m *Manager) DiskList(ctx context.Context, ref, path string, recursive bool
 		return nil, err
 	}
 	defer release()
-	list, err := d.List(ctx, orText(path, api.WorkspacePath), recursive)
+	list, err := d.List(ctx, cmp.Or(path, api.WorkspacePath), recursive)
 	if err != nil {
 		return nil, err
 	}

@@ -22,6 +22,31 @@ func (m *Manager) guest(ws *store.Workspace) (*supervisor.Client, *guestclient.C
 	return s, guestclient.New(s.DialGuest, guestclient.Options{Patience: patience(ws.TimeScale)})
 }
 
+// inGuest runs a request on the guest of a running workspace, and explains what
+// broke it.
+func inGuest[T any](ctx context.Context, m *Manager, ref string, do func(ws *store.Workspace, c *guestclient.Client) (T, error)) (T, error) {
+	var none T
+	ws, err := m.running(ctx, ref)
+	if err != nil {
+		return none, err
+	}
+	sup, client := m.guest(ws)
+	out, err := do(ws, client)
+	if err != nil {
+		return none, m.whyBroken(ctx, ws, sup, err)
+	}
+	return out, nil
+}
+
+// active records that somebody is using the workspace.
+func (m *Manager) active(ctx context.Context, ws *store.Workspace) error {
+	st, err := m.store(ctx)
+	if err != nil {
+		return err
+	}
+	return st.Touch(ctx, ws.WorkspaceID, time.Now().UTC())
+}
+
 // Exec runs one command in a started workspace and records it in the journal. A
 // command that fails or times out is a result.
 func (m *Manager) Exec(ctx context.Context, ref string, req api.ExecRequest) (*api.ExecResult, error) {

@@ -1,6 +1,7 @@
 package workspace
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,7 +35,7 @@ func (m *Manager) Export(ctx context.Context, ref string, req api.ExportRequest)
 	if err != nil {
 		return nil, err
 	}
-	from, err := guestproto.WorkspacePath(guestproto.Path(orText(req.Path, api.WorkspacePath)))
+	from, err := guestproto.WorkspacePath(guestproto.Path(cmp.Or(req.Path, api.WorkspacePath)))
 	if err != nil {
 		return nil, err
 	}
@@ -64,7 +65,7 @@ func (m *Manager) Export(ctx context.Context, ref string, req api.ExportRequest)
 		return nil, err
 	}
 	err = st.AppendEvent(ctx, ws.WorkspaceID, eventExport, map[string]any{
-		"path": printablePath(string(from)), "output": output, "entries": res.EntryCount, "bytes": res.BytesWritten,
+		"path": validText(string(from)), "output": output, "entries": res.EntryCount, "bytes": res.BytesWritten,
 	})
 	return res, err
 }
@@ -144,7 +145,7 @@ func (o *output) receive(ctx context.Context, client *guestclient.Client, from s
 		EntryCount: got.Entries, BytesWritten: got.Bytes, Skipped: []api.SkippedEntry{}, SkippedCount: got.SkippedCount, Active: []string{},
 	}
 	for _, s := range got.Skipped {
-		res.Skipped = append(res.Skipped, api.SkippedEntry{Path: printablePath(s.Path), Reason: s.Reason})
+		res.Skipped = append(res.Skipped, api.SkippedEntry{Path: validText(s.Path), Reason: s.Reason})
 	}
 	if a.head.ArtifactType != archive.Directory {
 		// One file: it comes alone, under the name that the path says.
@@ -208,7 +209,7 @@ func activeFiles(tree string) ([]string, error) {
 			return fs.SkipDir // nor can the tools read it
 		}
 		if rel := strings.TrimPrefix(p, tree+"/"); err == nil && isActive(rel) {
-			if found = append(found, printablePath(rel)); len(found) == maxActive {
+			if found = append(found, validText(rel)); len(found) == maxActive {
 				return fs.SkipAll
 			}
 		}

@@ -2,18 +2,18 @@ package workspace
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/base64"
 	"fmt"
 	"io"
-	"strings"
-	"time"
 	"unicode/utf8"
 
 	"github.com/dustin/go-humanize"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/failpoint"
+	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 	"github.com/pyro-mcp/pyro/internal/seed"
 	"github.com/pyro-mcp/pyro/internal/store"
@@ -25,32 +25,26 @@ const maxListed = 100_000
 
 // ListFiles lists a directory of a running workspace, one level or all of it.
 func (m *Manager) ListFiles(ctx context.Context, ref, path string, recursive bool) (*api.FileList, error) {
-	ws, err := m.running(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
-	sup, client := m.guest(ws)
-	path = orText(path, api.WorkspacePath)
-	list := &api.FileList{WorkspaceID: ws.WorkspaceID, Path: path, Entries: []api.DiskEntry{}}
-	_, err = client.ListFiles(ctx, path, recursive, func(e guestproto.FileEntry) error {
-		if len(list.Entries) == maxListed {
-			list.Truncated = true
-			return errEnough
+	return inGuest(ctx, m, ref, func(ws *store.Workspace, c *guestclient.Client) (*api.FileList, error) {
+		path := cmp.Or(path, api.WorkspacePath)
+		list := &api.FileList{WorkspaceID: ws.WorkspaceID, Path: path, Entries: []api.DiskEntry{}}
+		_, err := c.ListFiles(ctx, path, recursive, func(e guestproto.FileEntry) error {
+			if len(list.Entries) == maxListed {
+				list.Truncated = true
+				return errEnough
+			}
+			list.Entries = append(list.Entries, api.NewDiskEntry(string(e.Path), e.ArtifactType, e.SizeBytes, string(e.LinkTarget)))
+			return nil
+		})
+		if list.Truncated {
+			err = nil
 		}
-		list.Entries = append(list.Entries, api.NewDiskEntry(string(e.Path), e.ArtifactType, e.SizeBytes, string(e.LinkTarget)))
-		return nil
+		return list, err
 	})
-	if err != nil && !list.Truncated {
-		return nil, m.whyBroken(ctx, ws, sup, err)
-	}
-	return list, nil
 }
 
 // errEnough ends a listing of which no more is wanted.
 var errEnough = api.Errorf(api.ErrExhausted, "enough")
-
-// printablePath is a path as JSON can carry it: a name may hold any bytes.
-func printablePath(p string) string { return strings.ToValidUTF8(p, "\uFFFD") }
 
 // ReadFile reads at most maxBytes bytes of a file of a running workspace, from
 // offset on. It does not count as activity.
@@ -65,22 +59,19 @@ func (m *Manager) ReadFile(ctx context.Context, ref, path string, offset, maxByt
 	if offset < 0 {
 		return nil, api.WithHint(api.Errorf(api.ErrInvalid, "the offset is %d", offset), "give --offset a number of bytes, 0 or more")
 	}
-	ws, err := m.running(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
-	sup, client := m.guest(ws)
-	var content bytes.Buffer
-	reply, err := client.ReadFile(ctx, path, offset, maxBytes, &content)
-	if err != nil {
-		return nil, m.whyBroken(ctx, ws, sup, err)
-	}
-	read := &api.FileRead{
-		WorkspaceID: ws.WorkspaceID, Path: path, SizeBytes: reply.SizeBytes,
-		Offset: offset, MaxBytes: maxBytes, Truncated: reply.Truncated,
-	}
-	read.Content, read.ContentBase64 = asText(content.Bytes(), reply.Truncated)
-	return read, nil
+	return inGuest(ctx, m, ref, func(ws *store.Workspace, c *guestclient.Client) (*api.FileRead, error) {
+		var content bytes.Buffer
+		reply, err := c.ReadFile(ctx, path, offset, maxBytes, &content)
+		if err != nil {
+			return nil, err
+		}
+		read := &api.FileRead{
+			WorkspaceID: ws.WorkspaceID, Path: path, SizeBytes: reply.SizeBytes,
+			Offset: offset, MaxBytes: maxBytes, Truncated: reply.Truncated,
+		}
+		read.Content, read.ContentBase64 = asText(content.Bytes(), reply.Truncated)
+		return read, nil
+	})
 }
 
 // asText returns content as text, or in base64 where it is none. A character
@@ -105,19 +96,14 @@ func (m *Manager) WriteFile(ctx context.Context, ref, path string, content []byt
 			humanize.IBytes(uint64(len(content))), humanize.IBytes(MaxFileWrite)),
 			"bring larger files in with pyro workspace sync push")
 	}
-	ws, err := m.running(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
-	sup, client := m.guest(ws)
-	reply, err := client.WriteFile(ctx, guestproto.WriteFileRequest{Path: guestproto.Path(path)}, bytes.NewReader(content))
-	if err != nil {
-		return nil, m.whyBroken(ctx, ws, sup, err)
-	}
-	if err := m.edited(ctx, ws, eventWrite, map[string]any{"path": printablePath(path), "bytes": reply.BytesWritten}); err != nil {
-		return nil, err
-	}
-	return &api.FileWrite{WorkspaceID: ws.WorkspaceID, Path: string(reply.Path), BytesWritten: reply.BytesWritten, Created: reply.Created}, nil
+	return inGuest(ctx, m, ref, func(ws *store.Workspace, c *guestclient.Client) (*api.FileWrite, error) {
+		reply, err := c.WriteFile(ctx, guestproto.WriteFileRequest{Path: guestproto.Path(path)}, bytes.NewReader(content))
+		if err != nil {
+			return nil, err
+		}
+		out := &api.FileWrite{WorkspaceID: ws.WorkspaceID, Path: string(reply.Path), BytesWritten: reply.BytesWritten, Created: reply.Created}
+		return out, m.edited(ctx, ws, eventWrite, map[string]any{"path": validText(path), "bytes": reply.BytesWritten})
+	})
 }
 
 // edited records a change of the workspace's files from outside.
@@ -129,7 +115,7 @@ func (m *Manager) edited(ctx context.Context, ws *store.Workspace, kind string, 
 	if err := st.AppendEvent(ctx, ws.WorkspaceID, kind, detail); err != nil {
 		return err
 	}
-	return st.Touch(ctx, ws.WorkspaceID, time.Now().UTC())
+	return m.active(ctx, ws)
 }
 
 // SyncPush copies a directory or an archive of this host over a directory of a
@@ -147,7 +133,7 @@ func (m *Manager) SyncPush(ctx context.Context, ref string, req api.SyncRequest)
 		return nil, err
 	}
 	sup, client := m.guest(ws)
-	dest := orText(req.Destination, api.WorkspacePath)
+	dest := cmp.Or(req.Destination, api.WorkspacePath)
 	progress := orSilent(req.Progress)
 
 	var info api.WorkspaceSeed

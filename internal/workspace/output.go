@@ -86,8 +86,9 @@ func (r *recorder) String() string {
 	return validText(head) + mark + validText(tail)
 }
 
-// validText returns b as text; bytes that are not UTF-8 become U+FFFD.
-func validText(b []byte) string { return strings.ToValidUTF8(string(b), "\uFFFD") }
+// validText returns what a guest wrote, or what it calls a file, as text that
+// JSON can carry: bytes that are not UTF-8 become U+FFFD.
+func validText[T string | []byte](t T) string { return strings.ToValidUTF8(string(t), "\uFFFD") }
 
 // wholeRunes returns b without a character that it ends in the middle of.
 func wholeRunes(b []byte) []byte {

@@ -1,6 +1,7 @@
 package workspace
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"path/filepath"
@@ -25,13 +26,13 @@ type proof struct {
 // create, exec, reset and delete work with it here. What an earlier call has
 // proven it does not prove again.
 func (m *Manager) Prepare(ctx context.Context, req api.PrepareRequest) (*api.PrepareResult, error) {
-	req.Environment = orText(req.Environment, environment.Default)
+	req.Environment = cmp.Or(req.Environment, environment.Default)
 	progress := orSilent(req.Progress)
 	if _, err := m.environments.Inspect(ctx, req.Environment); err != nil {
 		return nil, err
 	}
 	c, err := engine.Pick(ctx, m.engines, engine.Choice{
-		Engine: orText(req.Engine, m.engine), Require: req.Require, AllowHostCompat: req.AllowHostCompat,
+		Engine: cmp.Or(req.Engine, m.engine), Require: req.Require, AllowHostCompat: req.AllowHostCompat,
 	})
 	if err != nil {
 		return nil, err

@@ -1,6 +1,7 @@
 package workspace
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -62,7 +63,7 @@ func (m *Manager) Run(ctx context.Context, req api.RunRequest) (_ *api.ExecResul
 // fill checks a request and puts the defaults in.
 func fill(r *api.RunRequest, defaultEngine string) error {
 	if len(r.Argv) == 0 || r.Argv[0] == "" {
-		return api.WithHint(api.Errorf(api.ErrInvalid, "no command was given"), "put the command after --, as in: pyro run %s -- git --version", orText(r.Environment, "debian:12"))
+		return api.WithHint(api.Errorf(api.ErrInvalid, "no command was given"), "put the command after --, as in: pyro run %s -- git --version", cmp.Or(r.Environment, "debian:12"))
 	}
 	if r.Environment == "" {
 		return api.WithHint(api.Errorf(api.ErrInvalid, "no environment was given"), "name one, such as debian:12; pyro env list shows them")
@@ -144,11 +145,4 @@ func newID() string {
 	var b [6]byte
 	_, _ = rand.Read(b[:]) // never fails: crypto/rand ends the program instead
 	return hex.EncodeToString(b[:])
-}
-
-func orText(s, fallback string) string {
-	if s == "" {
-		return fallback
-	}
-	return s
 }

@@ -1,6 +1,7 @@
 package workspace
 
 import (
+	"cmp"
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
@@ -197,7 +198,7 @@ func (m *Manager) environ(ws *store.Workspace, env, secretEnv map[string]string)
 		value, ok := values[name]
 		if !ok {
 			return nil, nil, api.WithHint(api.Errorf(api.ErrNotFound, "workspace %s has no secret %q", label(ws), name),
-				"its secrets are given when it is created: %s", orText(secretNames(ws), "none were"))
+				"its secrets are given when it is created: %s", cmp.Or(secretNames(ws), "none were"))
 		}
 		if !validVariable.MatchString(variable) || dangerous(variable) {
 			return nil, nil, api.WithHint(api.Errorf(api.ErrInvalid, "secret %s cannot be put into the variable %q", name, variable), "choose another variable: --secret-env %s=VARIABLE", name)

@@ -1,6 +1,7 @@
 package workspace
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,7 +19,7 @@ import (
 
 func serviceOf(ws *store.Workspace, s guestproto.Service) api.Service {
 	out := api.Service{
-		WorkspaceID: ws.WorkspaceID, ServiceName: s.ServiceName, Command: s.Command, Cwd: printablePath(s.Cwd), State: s.State,
+		WorkspaceID: ws.WorkspaceID, ServiceName: s.ServiceName, Command: s.Command, Cwd: validText(s.Cwd), State: s.State,
 		StartedAt: unixTime(s.StartedAt), ReadyAt: optionalTime(s.ReadyAt), EndedAt: optionalTime(s.EndedAt), ExitCode: s.ExitCode, PID: s.PID,
 		StopReason: s.StopReason, Restarts: s.Restarts, PublishedPorts: []api.PublishedPort{},
 	}
@@ -51,7 +52,7 @@ func (m *Manager) StartService(ctx context.Context, ref, name string, req api.St
 		return nil, err
 	}
 	start := guestproto.StartService{
-		ServiceName: name, Command: commandText(req.Argv), Cwd: orText(req.Cwd, api.WorkspacePath), Env: env, Restart: req.Restart,
+		ServiceName: name, Command: commandText(req.Argv), Cwd: cmp.Or(req.Cwd, api.WorkspacePath), Env: env, Restart: req.Restart,
 		ReadyTimeoutSeconds: req.ReadyTimeout.Seconds(), ReadyIntervalMS: req.ReadyInterval.Milliseconds(),
 	}
 	if len(req.Argv) > 1 {

@@ -1,6 +1,7 @@
 package workspace
 
 import (
+	"cmp"
 	"context"
 	"strings"
 	"time"
@@ -16,34 +17,9 @@ import (
 // Shells live in the guest: its agent holds them and their output. They end
 // with it.
 
-// inGuest runs a request on the guest of a running workspace, and explains what
-// broke it.
-func inGuest[T any](ctx context.Context, m *Manager, ref string, do func(ws *store.Workspace, c *guestclient.Client) (T, error)) (T, error) {
-	var none T
-	ws, err := m.running(ctx, ref)
-	if err != nil {
-		return none, err
-	}
-	sup, client := m.guest(ws)
-	out, err := do(ws, client)
-	if err != nil {
-		return none, m.whyBroken(ctx, ws, sup, err)
-	}
-	return out, nil
-}
-
-// active records that somebody is using the workspace.
-func (m *Manager) active(ctx context.Context, ws *store.Workspace) error {
-	st, err := m.store(ctx)
-	if err != nil {
-		return err
-	}
-	return st.Touch(ctx, ws.WorkspaceID, time.Now().UTC())
-}
-
 func shellOf(ws *store.Workspace, s guestproto.Shell) api.Shell {
 	return api.Shell{
-		WorkspaceID: ws.WorkspaceID, ShellID: s.ShellID, Cwd: printablePath(s.Cwd), Cols: s.Cols, Rows: s.Rows,
+		WorkspaceID: ws.WorkspaceID, ShellID: s.ShellID, Cwd: validText(s.Cwd), Cols: s.Cols, Rows: s.Rows,
 		State: s.State, StartedAt: unixTime(s.StartedAt), EndedAt: optionalTime(s.EndedAt), ExitCode: s.ExitCode,
 	}
 }
@@ -74,7 +50,7 @@ func (m *Manager) OpenShell(ctx context.Context, ref string, req api.OpenShellRe
 			return nil, err
 		}
 		s, err := c.OpenShell(ctx, guestproto.OpenShell{
-			ShellID: newID(), Cwd: orText(req.Cwd, api.WorkspacePath), Cols: req.Size.Cols, Rows: req.Size.Rows, Env: env,
+			ShellID: newID(), Cwd: cmp.Or(req.Cwd, api.WorkspacePath), Cols: req.Size.Cols, Rows: req.Size.Rows, Env: env,
 		})
 		if err != nil {
 			return nil, err
@@ -179,7 +155,7 @@ func (m *Manager) WriteShell(ctx context.Context, ref, id, input string, newline
 
 // SignalShell sends a signal to a shell's foreground: HUP, INT, TERM or KILL.
 func (m *Manager) SignalShell(ctx context.Context, ref, id, signal string) (*api.ShellSignal, error) {
-	signal = strings.TrimPrefix(strings.ToUpper(orText(signal, "INT")), "SIG")
+	signal = strings.TrimPrefix(strings.ToUpper(cmp.Or(signal, "INT")), "SIG")
 	return inGuest(ctx, m, ref, func(ws *store.Workspace, c *guestclient.Client) (*api.ShellSignal, error) {
 		r, err := c.SignalShell(ctx, guestproto.SignalShell{ShellID: id, Signal: signal})
 		if err != nil {

@@ -107,7 +107,7 @@ func (m *Manager) changes(ctx context.Context, ws *store.Workspace) (*api.Summar
 			c.TypeChanged++
 		}
 		if len(c.Paths) < summaryPaths {
-			c.Paths = append(c.Paths, printablePath(change.Path))
+			c.Paths = append(c.Paths, validText(change.Path))
 		}
 	}
 	return c, nil
