@@ -2,12 +2,10 @@ package guestclient
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
 	"io"
 	"time"
 
-	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
@@ -67,36 +65,14 @@ func (s *execSession) receiveShell(id string, attached func(guestproto.ShellAtta
 	default:
 		return none, unexpectedFrame(typ)
 	}
-	for {
-		typ, p, err := s.frames.next(0)
-		if err != nil {
-			return none, err
-		}
-		switch typ {
-		case guestproto.FrameStdout:
-			err = deliver(s.streams.Stdout, p, "stdout")
-		case guestproto.FrameStderr:
-			err = deliver(s.streams.Stderr, p, "stderr")
-		case guestproto.FrameStdinWindow:
-			if len(p) != 4 {
-				return none, api.Errorf(api.ErrDamaged, "the guest's stdin window has %d bytes instead of 4", len(p))
-			}
-			err = s.credit.add(binary.BigEndian.Uint32(p))
-		case guestproto.FrameResult:
-			var shell guestproto.Shell
-			if err := guestproto.Decode(p, &shell, "shell_id", "state"); err != nil {
-				return none, err
-			}
-			return shell, checkShell(&shell, id)
-		case guestproto.FrameError:
-			err = remoteError(p)
-		default:
-			err = unexpectedFrame(typ)
-		}
-		if err != nil {
-			return none, err
-		}
+	if p, err = s.pass(); err != nil {
+		return none, err
 	}
+	var shell guestproto.Shell
+	if err := guestproto.Decode(p, &shell, "shell_id", "state"); err != nil {
+		return none, err
+	}
+	return shell, checkShell(&shell, id)
 }
 
 // StreamLogs writes a service's output, from its last tail lines on (nil for all

@@ -127,10 +127,27 @@ func (s *execSession) receive() (guestproto.ExecReply, error) {
 	default:
 		return none, unexpectedFrame(typ)
 	}
+	if p, err = s.pass(); err != nil {
+		return none, err
+	}
+	var r guestproto.ExecReply
+	if err := guestproto.Decode(p, &r, "exit_code"); err != nil {
+		return none, fmt.Errorf("reading the command's result: %w", err)
+	}
+	r.Stdout, r.Stderr = "", ""
+	if err := r.Check(); err != nil {
+		return none, err
+	}
+	return r, nil
+}
+
+// pass delivers output up to the result, which it returns undecoded. It is
+// valid until the next frame is read.
+func (s *execSession) pass() (result []byte, err error) {
 	for {
 		typ, p, err := s.frames.next(0)
 		if err != nil {
-			return none, err
+			return nil, err
 		}
 		switch typ {
 		case guestproto.FrameStdout:
@@ -139,26 +156,18 @@ func (s *execSession) receive() (guestproto.ExecReply, error) {
 			err = deliver(s.streams.Stderr, p, "stderr")
 		case guestproto.FrameStdinWindow:
 			if len(p) != 4 {
-				return none, api.Errorf(api.ErrDamaged, "the guest's stdin window has %d bytes instead of 4", len(p))
+				return nil, api.Errorf(api.ErrDamaged, "the guest's stdin window has %d bytes instead of 4", len(p))
 			}
 			err = s.credit.add(binary.BigEndian.Uint32(p))
 		case guestproto.FrameResult:
-			var r guestproto.ExecReply
-			if err := guestproto.Decode(p, &r, "exit_code"); err != nil {
-				return none, fmt.Errorf("reading the command's result: %w", err)
-			}
-			r.Stdout, r.Stderr = "", ""
-			if err := r.Check(); err != nil {
-				return none, err
-			}
-			return r, nil
+			return p, nil
 		case guestproto.FrameError:
 			err = remoteError(p)
 		default:
 			err = unexpectedFrame(typ)
 		}
 		if err != nil {
-			return none, err
+			return nil, err
 		}
 	}
 }
