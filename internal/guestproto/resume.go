@@ -1,6 +1,8 @@
 package guestproto
 
 import (
+	"bytes"
+	"io"
 	"strings"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -44,6 +46,29 @@ const (
 	// __NEW_UTS_LEN.
 	maxHostname = 63
 )
+
+// ReadResumeLine reads the one line of a Resume, or that of its answer, without
+// its end. Neither side says more before the other has spoken: what follows the
+// line, or a line longer than MaxResumeLine, is an error of class.
+func ReadResumeLine(r io.Reader, class error) ([]byte, error) {
+	buf := make([]byte, 0, MaxResumeLine)
+	for {
+		n, err := r.Read(buf[len(buf):cap(buf)])
+		buf = buf[:len(buf)+n]
+		if i := bytes.IndexByte(buf, '\n'); i >= 0 {
+			if i != len(buf)-1 {
+				return nil, api.Errorf(class, "%d bytes follow the line", len(buf)-1-i)
+			}
+			return buf[:i], nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		if len(buf) == cap(buf) {
+			return nil, api.Errorf(class, "the line is longer than %d bytes", MaxResumeLine)
+		}
+	}
+}
 
 // Resume is what a guest has to be told after its memory has been copied or has
 // stood still. Before anything else runs, the agent sets the clock, mixes the

@@ -15,7 +15,6 @@ var (
 	WriteStub     = writeStubKernel
 	ProcessorOf   = processor
 	PruneToSize   = (*Engine).pruneTemplates
-	ReadAnswer    = readAnswer
 	UsedFile      = usedFile
 	MaxMemoryRun  = uint64(memoryRun)
 	TemplateFiles = []string{templateMemory, templateState}

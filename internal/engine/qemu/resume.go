@@ -1,7 +1,6 @@
 package qemu
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"fmt"
@@ -41,7 +40,7 @@ func resumeGuest(ctx context.Context, channel net.Conn, hostname string) error {
 	if _, err := channel.Write(line); err != nil {
 		return fmt.Errorf("resuming the guest: %w", orCause(ctx, err))
 	}
-	answer, err := readAnswer(channel)
+	answer, err := guestproto.ReadResumeLine(channel, api.ErrDamaged)
 	if err != nil {
 		return fmt.Errorf("resuming the guest: %w", orCause(ctx, err))
 	}
@@ -70,27 +69,6 @@ type blamelessError struct{ err error }
 
 func (e *blamelessError) Error() string { return e.err.Error() }
 func (e *blamelessError) Unwrap() error { return e.err }
-
-// readAnswer reads one line. The guest says nothing more until it is asked.
-func readAnswer(r io.Reader) ([]byte, error) {
-	buf := make([]byte, 0, guestproto.MaxResumeLine)
-	for {
-		n, err := r.Read(buf[len(buf):cap(buf)])
-		buf = buf[:len(buf)+n]
-		if i := bytes.IndexByte(buf, '\n'); i >= 0 {
-			if i != len(buf)-1 {
-				return nil, api.Errorf(api.ErrDamaged, "%d bytes follow the guest's answer", len(buf)-1-i)
-			}
-			return buf[:i], nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		if len(buf) == cap(buf) {
-			return nil, api.Errorf(api.ErrDamaged, "the guest's answer is longer than %d bytes", guestproto.MaxResumeLine)
-		}
-	}
-}
 
 // orCause is why ctx has ended, else err.
 func orCause(ctx context.Context, err error) error {

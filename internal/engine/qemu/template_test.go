@@ -13,11 +13,9 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/artifact"
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/engine/qemu"
-	"github.com/pyro-mcp/pyro/internal/guestproto"
 	"github.com/pyro-mcp/pyro/internal/testenv"
 )
 
@@ -187,28 +185,5 @@ func TestPruneTemplates(t *testing.T) {
 	}
 	if _, err := e.PruneTemplates(t.Context(), filepath.Join(dir, "absent"), true); err != nil {
 		t.Errorf("pruning where there is nothing: %v", err)
-	}
-}
-
-func TestReadAnswer(t *testing.T) {
-	for name, test := range map[string]struct {
-		in   string
-		want string
-		ok   bool
-	}{
-		"Line":  {"{}\n", "{}", true},
-		"Empty": {"", "", false},
-		"More":  {"{}\n{}\n", "", false},
-		"Long":  {strings.Repeat("x", guestproto.MaxResumeLine) + "\n", "", false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			got, err := qemu.ReadAnswer(strings.NewReader(test.in))
-			if (err == nil) != test.ok || string(got) != test.want {
-				t.Errorf("%q, %v", got, err)
-			}
-			if name != "Empty" && err != nil && !errors.Is(err, api.ErrDamaged) {
-				t.Errorf("%v, want ErrDamaged", err)
-			}
-		})
 	}
 }

@@ -1,7 +1,6 @@
 package boot
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -67,7 +66,7 @@ func awaitHost(port *os.File) (guestproto.Resume, error) {
 	if _, err := io.WriteString(port, guestproto.WaitingLine); err != nil {
 		return r, fmt.Errorf("telling the host that the guest waits: %w", err)
 	}
-	line, err := readResumeLine(port)
+	line, err := guestproto.ReadResumeLine(port, api.ErrInvalid)
 	if err != nil {
 		return r, fmt.Errorf("waiting for the host: %w", err)
 	}
@@ -78,28 +77,6 @@ func awaitHost(port *os.File) (guestproto.Resume, error) {
 		return r, api.Errorf(api.ErrInvalid, "the host says %q to a guest that waits for %q", r.Action, guestproto.ActionResume)
 	}
 	return r, r.Check()
-}
-
-// readResumeLine reads one line. The host says nothing more until it has the
-// answer.
-func readResumeLine(r io.Reader) ([]byte, error) {
-	buf := make([]byte, 0, guestproto.MaxResumeLine)
-	for {
-		n, err := r.Read(buf[len(buf):cap(buf)])
-		buf = buf[:len(buf)+n]
-		if i := bytes.IndexByte(buf, '\n'); i >= 0 {
-			if i != len(buf)-1 {
-				return nil, api.Errorf(api.ErrInvalid, "%d bytes follow the line", len(buf)-1-i)
-			}
-			return buf[:i], nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		if len(buf) == cap(buf) {
-			return nil, api.Errorf(api.ErrInvalid, "the line is longer than %d bytes", guestproto.MaxResumeLine)
-		}
-	}
 }
 
 // answer tells the host how the resume went.
