@@ -111,6 +111,14 @@ func (a *app) exitStatus(err error) int {
 // usageError marks an error of the command line itself.
 type usageError struct{ error }
 
+// notWithJSON refuses a flag that was given beside --json and cannot be.
+func (a *app) notWithJSON(flag string, given bool) error {
+	if given && a.json {
+		return usageError{api.Errorf(api.ErrInvalid, "--%s and --json exclude each other", flag)}
+	}
+	return nil
+}
+
 // signalError is the cause of a context that a signal ended.
 type signalError struct{ syscall.Signal }
 

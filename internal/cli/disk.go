@@ -71,8 +71,8 @@ func newDiskReadCmd(a *app) *cobra.Command {
 		Args:    args(cobra.ExactArgs(2)),
 		RunE: func(cmd *cobra.Command, given []string) error {
 			o.image, o.path = given[0], given[1]
-			if a.json && o.contentOnly {
-				return usageError{api.Errorf(api.ErrInvalid, "--content-only and --json exclude each other")}
+			if err := a.notWithJSON("content-only", o.contentOnly); err != nil {
+				return err
 			}
 			return runDiskRead(cmd.Context(), a, o)
 		},

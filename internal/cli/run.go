@@ -53,9 +53,7 @@ lets a command run on this host, and the answer says so.`,
 		},
 	}
 	f := cmd.Flags()
-	f.IntVar(&o.req.VCPUCount, "vcpu-count", api.DefaultVCPUCount, "virtual processors")
-	f.IntVar(&o.req.MemMiB, "mem-mib", api.DefaultMemMiB, "memory in MiB")
-	f.IntVar(&o.req.DiskMiB, "disk-mib", 0, "disk in MiB (default the environment's own)")
+	addSizeFlags(cmd, &o.req.VCPUCount, &o.req.MemMiB, &o.req.DiskMiB)
 	f.Float64Var(&o.timeoutSeconds, "timeout-seconds", api.DefaultTimeout.Seconds(), "time limit for the command; 0 for none")
 	f.Float64Var(&o.ttlSeconds, "ttl-seconds", api.DefaultTTL.Seconds(), "time limit for the guest; 0 for none")
 	f.StringVar(&o.req.NetworkPolicy, "network", api.NetworkOff, "network policy: off or egress")
@@ -64,6 +62,28 @@ lets a command run on this host, and the answer says so.`,
 	f.BoolVar(&a.quiet, "quiet", false, "no progress and no closing line on stderr")
 	addEngineFlags(cmd, &o.req.Engine, &o.require, &o.req.AllowHostCompat)
 	return cmd
+}
+
+// addSizeFlags adds the flags that say how large a new machine is.
+func addSizeFlags(cmd *cobra.Command, vcpuCount, memMiB, diskMiB *int) {
+	f := cmd.Flags()
+	f.IntVar(vcpuCount, "vcpu-count", api.DefaultVCPUCount, "virtual processors")
+	f.IntVar(memMiB, "mem-mib", api.DefaultMemMiB, "memory in MiB")
+	f.IntVar(diskMiB, "disk-mib", 0, "disk in MiB (default the environment's own)")
+}
+
+// checkSizeFlags refuses sizes that were given and are not positive.
+func checkSizeFlags(cmd *cobra.Command) error {
+	for _, flag := range []string{"vcpu-count", "mem-mib", "disk-mib"} {
+		n, err := cmd.Flags().GetInt(flag)
+		if err != nil {
+			return err
+		}
+		if err := positive(cmd, flag, n); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // addEngineFlags adds the flags by which a new machine's engine is chosen.
@@ -87,12 +107,10 @@ func runArgs(cmd *cobra.Command, given []string) error {
 
 // complete checks the flags and turns them into the request.
 func (o *runOptions) complete(cmd *cobra.Command) error {
-	for flag, n := range map[string]int{"vcpu-count": o.req.VCPUCount, "mem-mib": o.req.MemMiB, "disk-mib": o.req.DiskMiB} {
-		if err := positive(cmd, flag, n); err != nil {
-			return err
-		}
+	err := checkSizeFlags(cmd)
+	if err != nil {
+		return err
 	}
-	var err error
 	if o.req.Timeout, err = seconds("timeout-seconds", o.timeoutSeconds); err != nil {
 		return err
 	}
@@ -150,15 +168,20 @@ func runRun(ctx context.Context, a *app, o *runOptions) error {
 	if err != nil {
 		return err
 	}
-	a.status = res.ExitCode
-	if res.TimedOut {
-		a.status = exitTimeout
-	}
+	a.exitAs(res)
 	if a.json {
 		return a.printJSON(res)
 	}
 	a.afterCommand(res, o.req.Timeout)
 	return nil
+}
+
+// exitAs makes pyro's exit status that of a command in the guest.
+func (a *app) exitAs(res *api.ExecResult) {
+	a.status = res.ExitCode
+	if res.TimedOut {
+		a.status = exitTimeout
+	}
 }
 
 // tellTrouble says on stderr what the exit status alone does not.

@@ -117,9 +117,7 @@ The workspace deletes itself when --ttl-seconds are over; update changes that.`,
 	f.StringVar(&o.req.NetworkPolicy, "network-policy", api.NetworkOff, "network policy: off, egress or egress+published-ports")
 	f.StringArrayVar(&o.secrets, "secret", nil, "secret `NAME` whose value is this process's variable of that name, or NAME=VALUE, which other users may see in the process list; repeatable")
 	f.StringArrayVar(&o.files, "secret-file", nil, "secret `NAME=PATH` whose value is in a file of this host; repeatable")
-	f.IntVar(&o.req.VCPUCount, "vcpu-count", api.DefaultVCPUCount, "virtual processors")
-	f.IntVar(&o.req.MemMiB, "mem-mib", api.DefaultMemMiB, "memory in MiB")
-	f.IntVar(&o.req.DiskMiB, "disk-mib", 0, "disk in MiB (default the environment's own)")
+	addSizeFlags(cmd, &o.req.VCPUCount, &o.req.MemMiB, &o.req.DiskMiB)
 	f.Float64Var(&o.ttlSeconds, "ttl-seconds", api.DefaultTTL.Seconds(), "time until it deletes itself; 0 for never")
 	f.BoolVar(&o.idOnly, "id-only", false, "print nothing but the id")
 	f.BoolVar(&a.quiet, "quiet", false, "no progress and no report of what was left out on stderr")
@@ -128,15 +126,13 @@ The workspace deletes itself when --ttl-seconds are over; update changes that.`,
 }
 
 func (o *createOptions) complete(a *app, cmd *cobra.Command) error {
-	if o.idOnly && a.json {
-		return usageError{api.Errorf(api.ErrInvalid, "--id-only and --json exclude each other")}
+	if err := a.notWithJSON("id-only", o.idOnly); err != nil {
+		return err
 	}
-	for flag, n := range map[string]int{"vcpu-count": o.req.VCPUCount, "mem-mib": o.req.MemMiB, "disk-mib": o.req.DiskMiB} {
-		if err := positive(cmd, flag, n); err != nil {
-			return err
-		}
+	err := checkSizeFlags(cmd)
+	if err != nil {
+		return err
 	}
-	var err error
 	if o.req.TTL, err = seconds("ttl-seconds", o.ttlSeconds); err != nil {
 		return err
 	}

@@ -98,8 +98,8 @@ func (o *execOptions) complete(a *app) error {
 	if o.detach && (o.tty || o.stdin) {
 		return usageError{api.Errorf(api.ErrInvalid, "--detach goes with neither --tty nor --stdin")}
 	}
-	if o.tty && a.json {
-		return usageError{api.Errorf(api.ErrInvalid, "--tty and --json exclude each other")}
+	if err := a.notWithJSON("tty", o.tty); err != nil {
+		return err
 	}
 	if o.stdin {
 		o.req.Stdin = a.In
@@ -123,10 +123,7 @@ func runExec(ctx context.Context, a *app, c *pyro.Client, o *execOptions) error 
 	if err != nil {
 		return err
 	}
-	a.status = res.ExitCode
-	if res.TimedOut {
-		a.status = exitTimeout
-	}
+	a.exitAs(res)
 	if a.json {
 		return a.printJSON(res)
 	}

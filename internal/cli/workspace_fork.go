@@ -27,8 +27,8 @@ the workspace goes on there; in the new ones it goes on with --memory or from a
 snapshot with memory, and else does not run.`,
 		Example: "  pyro workspace fork fix --name try --count 3\n  pyro workspace fork fix --snapshot before-upgrade",
 	}, func(ctx context.Context, c *pyro.Client, ref string) error {
-		if o.idOnly && a.json {
-			return usageError{api.Errorf(api.ErrInvalid, "--id-only and --json exclude each other")}
+		if err := a.notWithJSON("id-only", o.idOnly); err != nil {
+			return err
 		}
 		if o.req.Count < 1 {
 			return api.WithHint(api.Errorf(api.ErrInvalid, "--count is %d", o.req.Count), "give it a positive number")

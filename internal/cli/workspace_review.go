@@ -242,8 +242,8 @@ func newWorkspaceDiskReadCmd(a *app) *cobra.Command {
 		ValidArgsFunction: a.completeWorkspace,
 		Args:              args(cobra.ExactArgs(2)),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
-			if a.json && o.contentOnly {
-				return usageError{api.Errorf(api.ErrInvalid, "--content-only and --json exclude each other")}
+			if err := a.notWithJSON("content-only", o.contentOnly); err != nil {
+				return err
 			}
 			r, err := c.DiskRead(ctx, given[0], given[1], o.maxBytes)
 			if err != nil {

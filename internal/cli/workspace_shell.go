@@ -45,8 +45,8 @@ func newShellOpenCmd(a *app) *cobra.Command {
 		Use: "open", Short: "Start a shell",
 		Example: "  shell=$(pyro workspace shell open fix --id-only)\n  pyro workspace shell write fix $shell --input 'make test'\n  pyro workspace shell read fix $shell --plain --wait-for-idle-ms 500",
 	}, func(ctx context.Context, c *pyro.Client, ref string) error {
-		if o.idOnly && a.json {
-			return usageError{api.Errorf(api.ErrInvalid, "--id-only and --json exclude each other")}
+		if err := a.notWithJSON("id-only", o.idOnly); err != nil {
+			return err
 		}
 		env, err := parseSecretEnv(o.secretEnv)
 		if err != nil {
@@ -502,8 +502,8 @@ func newServiceLogsCmd(a *app) *cobra.Command {
 				tail = nil
 			}
 			if o.follow {
-				if a.json {
-					return usageError{api.Errorf(api.ErrInvalid, "--follow and --json exclude each other")}
+				if err := a.notWithJSON("follow", true); err != nil {
+					return err
 				}
 				_, err := c.FollowService(ctx, ref, name, tail, a.filtered(a.Out, false), a.filtered(a.Err, false))
 				return err
