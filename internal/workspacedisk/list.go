@@ -2,11 +2,9 @@ package workspacedisk
 
 import (
 	"context"
-	"encoding/base64"
 	"fmt"
 	"slices"
 	"strings"
-	"unicode/utf8"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/workspacedisk/ext4"
@@ -157,22 +155,10 @@ func (l *lister) finish() ([]api.DiskEntry, error) {
 		if i > 0 && l.found[i-1].path == f.path {
 			return nil, api.Errorf(api.ErrDamaged, "a directory has two entries of the name %q", f.path)
 		}
-		e := api.DiskEntry{ArtifactType: f.kind, Path: validText(f.path), PathBase64: rawText(f.path), SizeBytes: f.size}
-		if f.kind == api.ArtifactSymlink {
-			target := validText(f.target)
-			e.LinkTarget, e.LinkTargetBase64 = &target, rawText(f.target)
-		}
-		entries[i] = e
+		entries[i] = api.NewDiskEntry(f.path, f.kind, f.size, f.target)
 	}
 	return entries, nil
 }
 
-// validText is s as text; rawText is s in base64 if that lost something.
+// validText is s as text.
 func validText(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
-
-func rawText(s string) string {
-	if utf8.ValidString(s) {
-		return ""
-	}
-	return base64.StdEncoding.EncodeToString([]byte(s))
-}
