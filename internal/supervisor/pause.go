@@ -34,9 +34,7 @@ func (s *supervisor) setPaused(ctx context.Context, paused bool) error {
 	// Not in the middle of a snapshot, which may pause the machine itself.
 	s.snapshotMu.Lock()
 	defer s.snapshotMu.Unlock()
-	s.mu.Lock()
-	m := s.machine
-	s.mu.Unlock()
+	m := s.current()
 	pauser, ok := m.(engine.Pauser)
 	if !ok {
 		return api.WithHint(api.Errorf(api.ErrUnsupported, "engine %s cannot pause a machine", s.cfg.Engine), "stop the workspace: its files are kept")

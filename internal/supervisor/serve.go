@@ -272,9 +272,7 @@ func (s *supervisor) start(ctx context.Context, engines []engine.Engine) error {
 		}
 		s.log.Error("boot", "error", err)
 		watcher, ok := eng.(engine.BootWatcher)
-		s.mu.Lock()
-		m := s.machine
-		s.mu.Unlock()
+		m := s.current()
 		if !ok || m == nil || ctx.Err() != nil {
 			return err
 		}
@@ -404,9 +402,7 @@ func causeOf(ctx context.Context, err error) error {
 
 // serve answers until the machine is to end or has ended.
 func (s *supervisor) serve(ctx context.Context) {
-	s.mu.Lock()
-	m := s.machine
-	s.mu.Unlock()
+	m := s.current()
 	go s.watchMachine(ctx, m)
 	if s.cfg.Spec.Disk != "" && strings.HasSuffix(s.cfg.Spec.Disk, "."+string(engine.DiskExt4)) {
 		go s.watchSpace(ctx)
@@ -484,6 +480,13 @@ func (s *supervisor) watchMachine(ctx context.Context, m engine.Machine) {
 	if !s.leased() {
 		s.cancel(endedError(exit.Reason))
 	}
+}
+
+// current is the machine, nil before there is one.
+func (s *supervisor) current() engine.Machine {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.machine
 }
 
 // end stops the machine and clears up.

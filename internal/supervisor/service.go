@@ -29,9 +29,7 @@ func (s *supervisor) handleWatch(mux *http.ServeMux) {
 }
 
 func (s *supervisor) watchService(name string) {
-	s.mu.Lock()
-	m := s.machine
-	s.mu.Unlock()
+	m := s.current()
 	none := int64(0)
 	client := guestclient.New(m.DialGuest, guestclient.Options{})
 	// Its log ends when the service has ended for good.

@@ -20,9 +20,7 @@ const flushTimeout = 5 * time.Minute
 func (s *supervisor) snapshot(ctx context.Context, spare, memory string) (string, error) {
 	s.snapshotMu.Lock()
 	defer s.snapshotMu.Unlock()
-	s.mu.Lock()
-	m := s.machine
-	s.mu.Unlock()
+	m := s.current()
 	snapshotter, ok := m.(engine.DiskSnapshotter)
 	if !ok {
 		return "", api.WithHint(api.Errorf(api.ErrUnsupported, "engine %s cannot snapshot a running machine's disk", s.cfg.Engine),
