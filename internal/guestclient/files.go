@@ -12,6 +12,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
+	"github.com/pyro-mcp/pyro/internal/manifest"
 )
 
 // filesProtocol is the version of the protocol that has the file tools.
@@ -33,7 +34,7 @@ func (c *Client) Flush(ctx context.Context) error {
 }
 
 // Manifest calls fn for every entry below path, "" for /workspace, in the order
-// of [guestproto.ComparePaths]. Each entry's parent came before it as a
+// of [manifest.ComparePaths]. Each entry's parent came before it as a
 // directory, and none comes twice. The counts of the result are the guest's
 // claims, but its EntryCount is how often fn was called. An error of fn ends it
 // and is returned; what fn saw before an error is to be thrown away.
@@ -49,7 +50,7 @@ func (c *Client) Manifest(ctx context.Context, path string, fn func(guestproto.M
 		if err := e.Check(); err != nil {
 			return err
 		}
-		if guestproto.ComparePaths(last.Path, e.Path) >= 0 || !follows(&last, e.Path) {
+		if manifest.ComparePaths(string(last.Path), string(e.Path)) >= 0 || !follows(&last, e.Path) {
 			return api.Errorf(api.ErrDamaged, "the guest sends the entry %q out of order", clip(e.Path))
 		}
 		last = e

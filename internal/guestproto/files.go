@@ -44,8 +44,8 @@ type FlushReply struct{}
 
 // ManifestRequest asks for every entry below a directory. The answer is
 // FrameData with one ManifestEntry as JSON on each line, FrameDataEnd, and a
-// ManifestResult. The entries are sorted as [ComparePaths] does: by the bytes
-// of the names within a directory, each directory right before its content.
+// ManifestResult. The entries are sorted by the bytes of the
+// names within a directory, each directory right before its content.
 type ManifestRequest struct {
 	Envelope
 	Path Path `json:"path,omitzero"` // default /workspace

@@ -4,11 +4,8 @@ import (
 	"bytes"
 	"errors"
 	"path"
-	"slices"
 	"strings"
 	"testing"
-
-	"github.com/google/go-cmp/cmp"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
@@ -93,27 +90,6 @@ func TestWorkspacePath(t *testing.T) {
 		got, err := guestproto.WorkspacePath(guestproto.Path(tt.in))
 		if string(got) != tt.want || !errors.Is(err, tt.class) {
 			t.Errorf("%q is %q, %v; want %q, %v", tt.in, got, err, tt.want, tt.class)
-		}
-	}
-}
-
-func TestComparePaths(t *testing.T) {
-	want := []guestproto.Path{"a", "a/\x01", "a/b", "a/b/c", "a/b-c", "a\x01", "a-b", "a.b", "ab", "b"}
-	got := slices.Clone(want)
-	slices.Reverse(got)
-	slices.SortFunc(got, guestproto.ComparePaths)
-	if d := cmp.Diff(want, got); d != "" {
-		t.Error(d)
-	}
-	for i, a := range want {
-		for j, b := range want {
-			sign := 0
-			if i != j {
-				sign = (i - j) / max(i-j, j-i)
-			}
-			if guestproto.ComparePaths(a, b) != sign {
-				t.Errorf("%q and %q compare as %d", a, b, guestproto.ComparePaths(a, b))
-			}
 		}
 	}
 }

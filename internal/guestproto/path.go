@@ -147,27 +147,3 @@ func WorkspacePath(p Path) (Path, error) {
 	}
 	return Path(full), nil
 }
-
-// ComparePaths is the order of a manifest: paths are compared name by name, so
-// a directory's content comes right behind it. It returns -1, 0 or 1.
-func ComparePaths(a, b Path) int {
-	n := 0
-	for n < len(a) && n < len(b) && a[n] == b[n] {
-		n++
-	}
-	switch {
-	case n == len(a) && n == len(b):
-		return 0
-	case n == len(a):
-		return -1
-	case n == len(b):
-		return 1
-	case a[n] == '/': // a's name ends here, b's goes on
-		return -1
-	case b[n] == '/':
-		return 1
-	case a[n] < b[n]:
-		return -1
-	}
-	return 1
-}

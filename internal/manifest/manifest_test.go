@@ -83,6 +83,17 @@ func TestOrder(t *testing.T) {
 	}
 }
 
+func TestComparePaths(t *testing.T) {
+	want := []string{"a", "a/\x01", "a/b", "a/b/c", "a/b-c", "a\x01", "a-b", "a.b", "ab", "b"}
+	for i, a := range want {
+		for j, b := range want {
+			if got := manifest.ComparePaths(a, b); sign(got) != sign(i-j) {
+				t.Errorf("%q and %q compare as %d", a, b, got)
+			}
+		}
+	}
+}
+
 func TestStoredForm(t *testing.T) {
 	b, digest := encode(t, tree...)
 	got, err := collect(manifest.Read(bytes.NewReader(b)))
@@ -101,6 +112,8 @@ func TestStoredForm(t *testing.T) {
 		t.Errorf("a shorter manifest has the digest %x, %v", other, err)
 	}
 }
+
+func sign(n int) int { return max(-1, min(n, 1)) }
 
 func TestStoredFormDamaged(t *testing.T) {
 	b, _ := encode(t, tree...)
