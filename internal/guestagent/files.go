@@ -3,7 +3,6 @@ package guestagent
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"slices"
@@ -38,7 +37,7 @@ func (q *request) listFiles(ctx context.Context, line []byte) error {
 		return q.sent(errGone)
 	}
 	if err != nil {
-		return fmt.Errorf("listing files: %w", err)
+		return err
 	}
 	if err := q.endData(l.w); err != nil {
 		return err
@@ -194,9 +193,9 @@ func (q *request) readFile(ctx context.Context, line []byte) error {
 	}
 	switch {
 	case req.MaxBytes <= 0:
-		return api.Errorf(api.ErrInvalid, "reading a file: max_bytes must be positive")
+		return api.Errorf(api.ErrInvalid, "max_bytes must be positive")
 	case req.Offset < 0:
-		return api.Errorf(api.ErrInvalid, "reading a file: offset must not be negative")
+		return api.Errorf(api.ErrInvalid, "offset must not be negative")
 	}
 	p, err := q.server.openPlace(req.Path)
 	if err != nil {
@@ -205,7 +204,7 @@ func (q *request) readFile(ctx context.Context, line []byte) error {
 	defer p.close()
 	f, size, err := p.openRegular()
 	if err != nil {
-		return fmt.Errorf("reading a file: %w", err)
+		return err
 	}
 	defer f.Close()
 	if err := q.sendHeader(guestproto.FileHeader{Path: p.abs, SizeBytes: size}); err != nil {
@@ -213,14 +212,14 @@ func (q *request) readFile(ctx context.Context, line []byte) error {
 	}
 	w := &dataWriter{q: q, buf: make([]byte, 0, outputChunk)}
 	if _, err := f.Seek(req.Offset, io.SeekStart); err != nil {
-		return fmt.Errorf("reading a file: %w", fileError(p.abs, err))
+		return fileError(p.abs, err)
 	}
 	n, err := io.Copy(struct{ io.Writer }{w}, struct{ io.Reader }{io.LimitReader(f, req.MaxBytes)})
 	if w.failed {
 		return q.sent(errGone)
 	}
 	if err != nil {
-		return fmt.Errorf("reading a file: %w", fileError(p.abs, err))
+		return fileError(p.abs, err)
 	}
 	if err := q.endData(w); err != nil {
 		return err
@@ -278,7 +277,7 @@ func (q *request) writeFile(ctx context.Context, line []byte) error {
 		return err
 	}
 	if req.Mode > 0o777 {
-		return api.Errorf(api.ErrInvalid, "writing a file: the mode %o is not between 0 and 777", req.Mode)
+		return api.Errorf(api.ErrInvalid, "the mode %o is not between 0 and 777", req.Mode)
 	}
 	p, err := q.server.openPlace(req.Path)
 	if err != nil {
@@ -286,11 +285,11 @@ func (q *request) writeFile(ctx context.Context, line []byte) error {
 	}
 	defer p.close()
 	if p.rel == "." {
-		return fmt.Errorf("writing a file: %w", notRegular(p.abs, os.ModeDir))
+		return notRegular(p.abs, os.ModeDir)
 	}
 	reply, err := q.server.writeFile(ctx, p, os.FileMode(req.Mode), &dataReader{fr: guestproto.NewFrameReader(q.r)})
 	if err != nil {
-		return fmt.Errorf("writing a file: %w", err)
+		return err
 	}
 	return q.reply(reply)
 }

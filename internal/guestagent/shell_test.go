@@ -662,9 +662,11 @@ func TestManyAtOnce(t *testing.T) {
 			if err != nil || sv.State != "running" {
 				t.Errorf("%+v, %v", sv, err)
 			}
-			if logs, err := a.LogsService(testContext(t), name, nil); err != nil || logs.Stdout != name+"\n" {
-				t.Errorf("logs %+v, %v", logs, err)
-			}
+			// What it wrote before it was ready may still be in its pipe.
+			eventually(t, "the log has what it wrote", func() bool {
+				logs, err := a.LogsService(testContext(t), name, nil)
+				return err == nil && logs.Stdout == name+"\n"
+			})
 		})
 	}
 	wg.Wait()
