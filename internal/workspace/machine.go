@@ -83,7 +83,7 @@ func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req mach
 	spec := engine.MachineSpec{
 		ID: req.ID, Dir: dir.EngineDir(), AgentPath: agent, Hostname: "pyro-" + req.ID, Ephemeral: req.Ephemeral,
 		VCPUCount: req.VCPUCount, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB, Disk: req.Disk, Layers: req.Layers, Memory: req.Memory,
-		Templates: m.templatesDir(),
+		Templates: m.warmTemplates(),
 	}
 	image, kernel, err := m.fetch(ctx, c.Capabilities, req)
 	if err != nil {
@@ -120,13 +120,16 @@ func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req mach
 	return p, config, err
 }
 
-// templatesDir is where engines keep templates of booted guests; "" where
-// PYRO_WARM=off forbids them.
-func (m *Manager) templatesDir() string {
+// templatesDir is where engines keep templates of booted guests.
+func (m *Manager) templatesDir() string { return filepath.Join(m.cacheDir, "templates") }
+
+// warmTemplates is what machines start from: templatesDir, or "" where
+// PYRO_WARM=off forbids it.
+func (m *Manager) warmTemplates() string {
 	if os.Getenv("PYRO_WARM") == "off" {
 		return ""
 	}
-	return filepath.Join(m.cacheDir, "templates")
+	return m.templatesDir()
 }
 
 // checkSpace refuses to begin where the state directory has less than need left.

@@ -240,7 +240,7 @@ func (m *Manager) Prune(ctx context.Context, all bool) (api.PruneResult, error) 
 		if !ok {
 			continue
 		}
-		freed, err := w.PruneTemplates(ctx, filepath.Join(m.cacheDir, "templates"), all)
+		freed, err := w.PruneTemplates(ctx, m.templatesDir(), all)
 		if err != nil {
 			return res, err
 		}
