@@ -461,3 +461,53 @@ func TestHashFile(t *testing.T) {
 		t.Errorf("cancelled: %v", err)
 	}
 }
+
+func TestHashTree(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, content string) {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	seen := map[string]string{}
+	differs := func(what string) {
+		t.Helper()
+		digest, err := artifact.HashTree(t.Context(), dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if other, ok := seen[digest]; ok {
+			t.Errorf("%s: the digest is that of %s", what, other)
+		}
+		seen[digest] = what
+	}
+	differs("nothing")
+	write("a", "1")
+	differs("one file")
+	write("a", "2")
+	differs("another content")
+	write("sub/b", "2")
+	differs("two files")
+	if err := os.Rename(filepath.Join(dir, "a"), filepath.Join(dir, "c")); err != nil {
+		t.Fatal(err)
+	}
+	differs("another name")
+	file, err := artifact.HashTree(t.Context(), filepath.Join(dir, "c"))
+	if err != nil || seen[file] != "" {
+		t.Errorf("a file alone: %s, %v", file, err)
+	}
+	if err := os.Symlink("c", filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := artifact.HashTree(t.Context(), dir); !errors.Is(err, api.ErrDamaged) {
+		t.Errorf("with a link: %v, want ErrDamaged", err)
+	}
+	if _, err := artifact.HashTree(t.Context(), filepath.Join(dir, "none")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("nothing there: %v, want ErrNotExist", err)
+	}
+}

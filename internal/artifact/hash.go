@@ -9,9 +9,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/pyro-mcp/pyro/api"
 )
 
 // hashBlock is the unit in which HashFile tells data from nothing.
@@ -64,6 +68,41 @@ func HashFile(ctx context.Context, f *os.File) (string, error) {
 	binary.LittleEndian.PutUint64(word[:], uint64(size))
 	h.Write(word[:])
 	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// HashTree returns a digest of what lies at path: a regular file, or a directory
+// with the regular files in it and below, by their names. It is made of
+// HashFile's hashes. Anything else there is ErrDamaged.
+func HashTree(ctx context.Context, path string) (string, error) {
+	var files []File
+	err := filepath.WalkDir(path, func(name string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		if !d.Type().IsRegular() {
+			return api.Errorf(api.ErrDamaged, "%s is no regular file", name)
+		}
+		f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		st, err := f.Stat()
+		if err != nil {
+			return err
+		}
+		sum, err := HashFile(ctx, f)
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(path, name)
+		files = append(files, File{Path: filepath.ToSlash(rel), Size: st.Size(), SHA256: sum})
+		return err
+	})
+	if err != nil {
+		return "", err
+	}
+	return digestOf(files), nil
 }
 
 var zeros [hashBlock]byte

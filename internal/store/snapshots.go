@@ -17,9 +17,11 @@ type Snapshot struct {
 	// first. All are file names.
 	Layer string   `json:"layer"`
 	Chain []string `json:"chain"`
-	// Memory is the file beside the layers that holds the machine's memory at
-	// the time; "" for a snapshot of the disk alone.
-	Memory string `json:"memory,omitempty"`
+	// Memory is the file or directory beside the layers that holds the machine's
+	// memory at the time, and MemoryDigest its digest (artifact.HashTree); "" for
+	// a snapshot of the disk alone.
+	Memory       string `json:"memory,omitempty"`
+	MemoryDigest string `json:"memory_digest,omitempty"`
 	// SeedDigest names the seed at the time; "" for none.
 	SeedDigest string `json:"seed_digest"`
 }

@@ -27,10 +27,12 @@ type Workspace struct {
 	DiskFormat string `json:"disk_format"`
 	// ActiveLayer is the layer that the machine writes to. PendingLayer is one
 	// that was being made when the record was written, "" mostly. Layers are
-	// those below the active one, the lowest first. All are file names.
-	ActiveLayer  string   `json:"active_layer"`
-	PendingLayer string   `json:"pending_layer"`
-	Layers       []string `json:"layers"`
+	// those below the active one, the lowest first. PendingMemory is a memory
+	// that is being saved. All are file names.
+	ActiveLayer   string   `json:"active_layer"`
+	PendingLayer  string   `json:"pending_layer"`
+	PendingMemory string   `json:"pending_memory,omitempty"`
+	Layers        []string `json:"layers"`
 	// TTL is the time to live that was asked for, negative for none.
 	TTL time.Duration `json:"ttl_ns"`
 	// ExpiresBoot is the expiry by CLOCK_BOOTTIME, in nanoseconds, which no

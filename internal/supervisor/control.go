@@ -246,18 +246,14 @@ func (c *Client) SetExpiry(ctx context.Context, ttl time.Duration) error {
 // by the contract of engine.DiskSnapshotter. An engine that cannot is
 // api.ErrUnsupported. It takes as long as ctx allows.
 func (c *Client) SnapshotDisk(ctx context.Context, spare string) (frozen string, err error) {
-	return c.snapshot(ctx, snapshotRequest{Spare: spare})
+	return c.Snapshot(ctx, spare, "")
 }
 
-// SnapshotFull is SnapshotDisk that also saves the machine's memory to a file at
-// memory, by the contract of engine.FullSnapshotter.
-func (c *Client) SnapshotFull(ctx context.Context, spare, memory string) (frozen string, err error) {
-	return c.snapshot(ctx, snapshotRequest{Spare: spare, Memory: memory})
-}
-
-func (c *Client) snapshot(ctx context.Context, req snapshotRequest) (frozen string, err error) {
+// Snapshot is SnapshotDisk that, unless memory is "", also saves the machine's
+// memory at that path, by the contract of engine.FullSnapshotter.
+func (c *Client) Snapshot(ctx context.Context, spare, memory string) (frozen string, err error) {
 	var reply snapshotReply
-	if err := c.call(ctx, http.MethodPost, pathSnapshot, req, &reply); err != nil {
+	if err := c.call(ctx, http.MethodPost, pathSnapshot, snapshotRequest{Spare: spare, Memory: memory}, &reply); err != nil {
 		return "", err
 	}
 	return reply.Frozen, reply.Error.Err()

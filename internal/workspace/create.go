@@ -367,13 +367,18 @@ func (h *held) baseline(ctx context.Context, p *supervisor.Process, sd *seed.See
 	}
 	snap := store.Snapshot{
 		Snapshot:   api.Snapshot{WorkspaceID: h.WorkspaceID, SnapshotName: api.BaselineSnapshot, Kind: api.SnapshotBaseline, CreatedAt: time.Now().UTC()},
-		Chain:      h.Layers,
 		SeedDigest: h.SeedDigest,
 	}
-	if sd != nil && !c.SeedLayer {
-		if snap.Chain, snap.Layer, err = h.freeze(ctx, p.SnapshotDisk); err != nil {
-			return fmt.Errorf("making the baseline snapshot: %w", err)
-		}
+	keep := func(f frozen) error {
+		snap.Chain, snap.Layer = f.chain, f.layer
+		return st.PutSnapshot(ctx, h.WorkspaceID, snap)
 	}
-	return st.PutSnapshot(ctx, h.WorkspaceID, snap)
+	if sd == nil || c.SeedLayer {
+		return keep(frozen{chain: h.Layers})
+	}
+	err = h.freeze(ctx, "", func(ctx context.Context, spare, _ string) (string, error) { return p.SnapshotDisk(ctx, spare) }, keep)
+	if err != nil {
+		return fmt.Errorf("making the baseline snapshot: %w", err)
+	}
+	return nil
 }

@@ -79,6 +79,11 @@ func (h *held) fork(ctx context.Context, req api.ForkRequest) (_ []*held, err er
 	if err != nil {
 		return nil, api.WithHint(err, "pyro workspace snapshot list %s shows them", refOf(h.Workspace))
 	}
+	if req.Snapshot != "" {
+		if err := h.m.checkMemory(ctx, from.Memory, from.MemoryDigest); err != nil {
+			return nil, api.WithHint(err, "delete that snapshot; fork from another one or from what runs now")
+		}
+	}
 	base, err := st.Snapshot(ctx, h.WorkspaceID, api.BaselineSnapshot)
 	if err != nil {
 		return nil, err

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -31,12 +30,6 @@ func newLayer(format engine.DiskFormat) string {
 		return newID() + ".ext4"
 	}
 	return newID()
-}
-
-// memoryOf is the file for the memory of a machine that is saved while a layer
-// is frozen, by that layer's path.
-func memoryOf(layer string) string {
-	return strings.TrimSuffix(layer, filepath.Ext(layer)) + ".memory"
 }
 
 // seedPrefix marks the element of a chain that is the image of a seed.
@@ -233,47 +226,58 @@ func stem(name string) string {
 	return s
 }
 
-// freeze makes what the running machine's disk holds now a layer that nobody
-// writes any more, and returns that with what it stands on.
+// A frozen layer is one that nobody writes any more, with what it stands on, and
+// the name of the machine's memory as of the same instant, "" without.
+type frozen struct {
+	chain         []string
+	layer, memory string
+}
+
+// freeze makes what the running machine's disk holds now a frozen layer.
 //
-// take does it, as supervisor.Client's SnapshotDisk, given the path of a new
-// layer.
-func (h *held) freeze(ctx context.Context, take func(ctx context.Context, spare string) (string, error)) (chain []string, frozen string, err error) {
+// take does it, as supervisor.Client's SnapshotFull, given the paths of a new
+// layer and, unless memory is "", of the memory of that name. keep records the
+// result: until it has returned, this workspace's record names the new files.
+func (h *held) freeze(ctx context.Context, memory string, take func(ctx context.Context, spare, memory string) (string, error), keep func(frozen) error) error {
 	spare := newLayer(engine.DiskFormat(h.DiskFormat))
 	intent := h.Intent
-	err = h.update(ctx, func(ws *store.Workspace) error {
-		ws.PendingLayer = spare
+	err := h.update(ctx, func(ws *store.Workspace) error {
+		ws.PendingLayer, ws.PendingMemory = spare, memory
 		if intent == "" {
 			ws.Intent = intentSnapshot
 		}
 		return nil
 	})
 	if err != nil {
-		return nil, "", err
+		return err
 	}
 	failpoint.Hit("snapshot/recorded")
-	path, err := take(ctx, h.m.state.Layer(spare))
+	path, err := take(ctx, h.m.state.Layer(spare), h.m.memoryPath(memory))
 	failpoint.Hit("snapshot/frozen")
+	f := frozen{chain: slices.Clone(h.Layers), layer: spare, memory: memory}
+	copied := path == h.m.state.Layer(spare)
+	if err == nil {
+		if !copied {
+			f.layer = h.ActiveLayer
+		}
+		err = keep(f)
+	}
 	if err != nil {
 		if h.Intent == intentSnapshot {
-			err = errors.Join(err, h.settle(ctx))
+			err = errors.Join(err, h.settle(context.WithoutCancel(ctx)))
 		}
-		return nil, "", err
+		return err
 	}
-	chain, frozen = slices.Clone(h.Layers), spare
-	copied := path == h.m.state.Layer(spare)
-	if !copied {
-		frozen = h.ActiveLayer
-	}
+	failpoint.Hit("snapshot/kept")
 	err = h.update(ctx, func(ws *store.Workspace) error {
-		ws.PendingLayer, ws.Intent = "", intent
+		ws.PendingLayer, ws.PendingMemory, ws.Intent = "", "", intent
 		if !copied {
 			ws.Layers, ws.ActiveLayer = append(ws.Layers, ws.ActiveLayer), spare
 		}
 		return nil
 	})
 	failpoint.Hit("snapshot/switched")
-	return chain, frozen, err
+	return err
 }
 
 // layerSize is the room that a layer takes on the host's disk, in bytes.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -64,6 +63,17 @@ func (h *held) snapshot(ctx context.Context, req api.SnapshotRequest) (*api.Snap
 	snap := store.Snapshot{Snapshot: api.Snapshot{
 		WorkspaceID: h.WorkspaceID, SnapshotName: name, Kind: api.SnapshotDisk, CreatedAt: time.Now().UTC(), Deletable: true,
 	}, SeedDigest: h.SeedDigest}
+	keep := func(f frozen) (err error) {
+		snap.Chain, snap.Layer, snap.Memory = f.chain, f.layer, f.memory
+		snap.SizeBytes = h.m.layerSize(snap.Layer) + h.m.layerSize(snap.Memory)
+		if f.memory != "" {
+			snap.Kind = api.SnapshotFull
+			if snap.MemoryDigest, err = h.m.memoryDigest(ctx, f.memory); err != nil {
+				return err
+			}
+		}
+		return st.PutSnapshot(ctx, h.WorkspaceID, snap)
+	}
 	switch h.State {
 	case api.StateStarted:
 		_, client := h.m.guest(h.Workspace)
@@ -76,20 +86,14 @@ func (h *held) snapshot(ctx context.Context, req api.SnapshotRequest) (*api.Snap
 			defer sd.Close() // when the record that names it is written
 			snap.SeedDigest = sd.Digest
 		}
-		sup := supervisor.NewClient(h.machine())
-		take := sup.SnapshotDisk
+		memory := ""
 		if req.Memory {
-			if len(h.Secrets) > 0 {
-				return nil, api.WithHint(api.Errorf(api.ErrDenied, "the workspace has secrets, and they would lie in the file of its memory"),
-					"leave --memory out: the snapshot then holds the disk")
+			if err := h.checkMemorySaved(); err != nil {
+				return nil, err
 			}
-			snap.Kind = api.SnapshotFull
-			take = func(ctx context.Context, spare string) (string, error) {
-				snap.Memory = filepath.Base(memoryOf(spare))
-				return sup.SnapshotFull(ctx, spare, memoryOf(spare))
-			}
+			memory = newMemory()
 		}
-		snap.Chain, snap.Layer, err = h.freeze(ctx, take)
+		err = h.freeze(ctx, memory, supervisor.NewClient(h.machine()).Snapshot, keep)
 	case api.StateStopped:
 		if req.Memory {
 			return nil, api.WithHint(api.Errorf(api.ErrState, "the workspace is stopped: it has no memory to save"), "pyro workspace start %s, or leave --memory out", refOf(h.Workspace))
@@ -98,15 +102,11 @@ func (h *held) snapshot(ctx context.Context, req api.SnapshotRequest) (*api.Snap
 			return nil, api.WithHint(api.Errorf(api.ErrState, "the workspace is stopped, and its disk, a directory, can only be saved by its machine"),
 				"pyro workspace start %s", refOf(h.Workspace))
 		}
-		snap.Chain, snap.Layer, err = h.freezeStopped(ctx)
+		err = h.freezeStopped(ctx, keep)
 	default:
 		err = mustRun(h.Workspace)
 	}
 	if err != nil {
-		return nil, err
-	}
-	snap.SizeBytes = h.m.layerSize(snap.Layer) + h.m.layerSize(snap.Memory)
-	if err := st.PutSnapshot(ctx, h.WorkspaceID, snap); err != nil {
 		return nil, err
 	}
 	failpoint.Hit("snapshot/listed")
@@ -138,26 +138,21 @@ func (m *Manager) seedFromGuest(ctx context.Context, client *guestclient.Client)
 
 // freezeStopped makes the stopped workspace's own layer a frozen one, and gives
 // it a new one on top.
-func (h *held) freezeStopped(ctx context.Context) (chain []string, frozen string, err error) {
-	chain, frozen = h.Layers, h.ActiveLayer
-	if _, err := os.Lstat(h.m.state.Layer(frozen)); err != nil {
-		return chain, "", nil // nothing was ever written: the layers below are all
+func (h *held) freezeStopped(ctx context.Context, keep func(frozen) error) error {
+	f := frozen{chain: h.Layers, layer: h.ActiveLayer}
+	if _, err := os.Lstat(h.m.state.Layer(f.layer)); err != nil {
+		return keep(frozen{chain: f.chain}) // nothing was ever written: the layers below are all
 	}
-	err = h.update(ctx, func(ws *store.Workspace) error {
+	err := h.update(ctx, func(ws *store.Workspace) error {
 		ws.Layers = append(ws.Layers, ws.ActiveLayer)
 		ws.ActiveLayer = newLayer(engine.DiskFormat(ws.DiskFormat))
 		return nil
 	})
 	failpoint.Hit("snapshot-stopped/switched")
-	return chain, frozen, err
-}
-
-// memoryPath is the path of the file with the memory of that name, "" for none.
-func (m *Manager) memoryPath(name string) string {
-	if name == "" {
-		return ""
+	if err != nil {
+		return err
 	}
-	return m.state.Layer(name)
+	return keep(f)
 }
 
 // Snapshots lists a workspace's snapshots, oldest first.
@@ -268,8 +263,12 @@ func (h *held) reset(ctx context.Context, name string, progress func(api.Progres
 	if err != nil {
 		return err
 	}
+	// While the machine still runs:
 	if err := h.m.checkSpace(freeFloor); err != nil {
-		return err // while the machine still runs
+		return err
+	}
+	if err := h.m.checkMemory(ctx, snap.Memory, snap.MemoryDigest); err != nil {
+		return api.WithHint(err, "the workspace is as it was; delete that snapshot")
 	}
 	if h.State != api.StateStopped {
 		if err := h.drop(ctx); err != nil {

@@ -190,12 +190,13 @@ func (h *held) settle(ctx context.Context) error {
 	if err := h.m.interruptCommands(ctx, h.WorkspaceID); err != nil {
 		return err
 	}
+	leftover := h.PendingLayer != "" || h.PendingMemory != ""
 	kind, why := eventMachineEnded, ""
 	err = h.update(ctx, func(ws *store.Workspace) error {
 		if adopted {
 			ws.Layers, ws.ActiveLayer = append(ws.Layers, ws.ActiveLayer), ws.PendingLayer
 		}
-		ws.PendingLayer = ""
+		ws.PendingLayer, ws.PendingMemory = "", ""
 		intent := ws.Intent
 		ws.Intent = ""
 		switch {
@@ -223,8 +224,17 @@ func (h *held) settle(ctx context.Context) error {
 		kind = ""
 		return nil
 	})
-	if err != nil || kind == "" {
+	if err != nil {
 		return err
+	}
+	if leftover {
+		// A snapshot may have been recorded that needs them.
+		if _, err := h.m.collect(ctx); err != nil {
+			h.m.log.Warn("removing disk layers", "error", err)
+		}
+	}
+	if kind == "" {
+		return nil
 	}
 	st, err := h.m.store(ctx)
 	if err != nil {
@@ -247,9 +257,9 @@ func howEnded(machine statedir.Machine) string {
 	return e.Reason
 }
 
-// settleLayer decides about the disk layer that a snapshot cut off in the middle
-// may have made, by the contract of engine.DiskSnapshotter, and reports whether
-// the machine's disk is that one now.
+// settleLayer finds out about the disk layer that a snapshot cut off in the middle
+// may have made, by the contract of engine.DiskSnapshotter, whether the machine's
+// disk is that one now.
 func (h *held) settleLayer(ctx context.Context, alive bool) (adopted bool, err error) {
 	if h.PendingLayer == "" {
 		return false, nil
@@ -269,10 +279,7 @@ func (h *held) settleLayer(ctx context.Context, alive bool) (adopted bool, err e
 		_, err := os.Lstat(spare)
 		adopted = err == nil && h.DiskFormat == string(engine.DiskQcow2)
 	}
-	if adopted {
-		return true, nil
-	}
-	return false, h.m.removeLayer(ctx, h.PendingLayer)
+	return adopted, nil
 }
 
 // interruptCommands closes the journal's entries whose pyro is gone.
