@@ -23,8 +23,8 @@ const tokenVariable = "PYRO_AGENT_TOKEN"
 
 // writeBundle writes config.json, by the OCI runtime specification, into the
 // stage. It runs in the namespace.
-func (s stage) writeBundle(hostname, token, cgroupPath string, files uint64) error {
-	b, err := json.Marshal(s.spec(hostname, token, cgroupPath, files))
+func (s stage) writeBundle(hostname, token string, files uint64) error {
+	b, err := json.Marshal(s.spec(hostname, token, files))
 	if err != nil {
 		return fmt.Errorf("writing the sandbox's configuration: %w", err)
 	}
@@ -34,7 +34,7 @@ func (s stage) writeBundle(hostname, token, cgroupPath string, files uint64) err
 	return nil
 }
 
-func (s stage) spec(hostname, token, cgroupPath string, files uint64) *specs.Spec {
+func (s stage) spec(hostname, token string, files uint64) *specs.Spec {
 	memory := func(dest, mode string) specs.Mount {
 		return specs.Mount{Destination: dest, Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "nodev", "mode=" + mode}}
 	}
@@ -68,7 +68,7 @@ func (s stage) spec(hostname, token, cgroupPath string, files uint64) *specs.Spe
 			{Destination: guestAgentPath, Type: "bind", Source: s.agent(), Options: []string{"bind", "ro", "nosuid", "nodev"}},
 		},
 		Linux: &specs.Linux{
-			CgroupsPath: cgroupPath,
+			CgroupsPath: sizeGroup,
 			Namespaces: []specs.LinuxNamespace{
 				{Type: specs.PIDNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace},
 				{Type: specs.MountNamespace}, {Type: specs.NetworkNamespace},

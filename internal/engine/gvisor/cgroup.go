@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -39,12 +40,12 @@ const cpuPeriod = 100_000
 
 // limits is the set of cgroups around one machine. A nil limits does nothing.
 type limits struct {
-	name   string
-	memMiB int
-	vcpus  int
+	name  string
+	vcpus int
 	// dirs are the group's directories by controller: three in cgroup v1, one
 	// under the key "" in cgroup v2.
-	dirs map[string]string
+	dirs  map[string]string
+	doors []door // until start has been called
 }
 
 // Which cgroups this host has.
@@ -116,13 +117,10 @@ func newLimits(id string, memMiB, vcpus int) (*limits, error) {
 		name: fmt.Sprintf("%s%s.%d.%d", cgroupPrefix, id, self.PID, self.StartTime),
 		dirs: map[string]string{},
 	}
-	l.memMiB, l.vcpus = memMiB, vcpus
-	// What the guest sees as its memory is the limit that runsc finds at the
-	// start; settle raises it once runsc has looked.
-	memory := strconv.FormatInt(int64(memMiB)<<20, 10)
-	// Two processors are the fewest that runsc shows a guest. They are also what
-	// a start makes use of; settle takes the second away again.
-	quota := max(vcpus, 2) * cpuPeriod
+	l.vcpus = vcpus
+	memory := strconv.FormatInt(int64(memMiB+sandboxOverheadMiB(memMiB))<<20, 10)
+	// A start makes use of a second processor; settle takes it away again.
+	quota := max(vcpus, minGuestCPUs) * cpuPeriod
 	type setting struct{ controller, file, value string }
 	var settings []setting
 	if kind == cgroupV1 {
@@ -159,42 +157,126 @@ func newLimits(id string, memMiB, vcpus int) (*limits, error) {
 			return nil, fmt.Errorf("limiting the machine: %w", err)
 		}
 	}
+	if err := l.openDoors(); err != nil {
+		l.remove()
+		return nil, fmt.Errorf("making the machine's cgroup: %w", err)
+	}
 	return l, nil
 }
 
-// path is the group's name for the OCI configuration, "" for none.
-func (l *limits) path() string {
-	if l == nil {
-		return ""
-	}
-	return "/" + l.name
-}
-
-// settle sets the limits that hold from the guest's first answer on: the memory
-// that the sandbox itself needs comes on top, and the processors are as many as
-// the machine was given.
+// settle sets the limit that holds from the guest's first answer on: the
+// processors are as many as the machine was given.
 func (l *limits) settle() error {
-	if l == nil {
+	if l == nil || l.vcpus >= minGuestCPUs {
 		return nil
 	}
-	memory := strconv.FormatInt(int64(l.memMiB+sandboxOverheadMiB(l.memMiB))<<20, 10)
 	quota := strconv.Itoa(l.vcpus * cpuPeriod)
-	files := map[string]string{
-		filepath.Join(l.dirs["memory"], "memory.limit_in_bytes"): memory,
-		filepath.Join(l.dirs["cpu"], "cpu.cfs_quota_us"):         quota,
-	}
+	file := filepath.Join(l.dirs["cpu"], "cpu.cfs_quota_us")
 	if dir, ok := l.dirs[""]; ok {
-		files = map[string]string{
-			filepath.Join(dir, "memory.max"): memory,
-			filepath.Join(dir, "cpu.max"):    quota + " " + strconv.Itoa(cpuPeriod),
-		}
+		file, quota = filepath.Join(dir, "cpu.max"), quota+" "+strconv.Itoa(cpuPeriod)
 	}
-	for file, value := range files {
-		if err := os.WriteFile(file, []byte(value), 0); err != nil {
-			return fmt.Errorf("limiting the machine: %w", err)
-		}
+	if err := os.WriteFile(file, []byte(quota), 0); err != nil {
+		return fmt.Errorf("limiting the machine: %w", err)
 	}
 	return nil
+}
+
+// start starts cmd as a member of the group, in which everything that it starts
+// stays. It is called once, on a thread that no other code runs on meanwhile, and
+// which need not see the host's cgroups.
+//
+// runsc would join by itself, but with cgroup v1 as a whole process, for which
+// the kernel waits for a grace period of RCU on the way in and one on the way out:
+// 20 to 40 ms. A new process is made in the groups of the thread that makes it,
+// and a single thread moves itself at once. With cgroup v2 a process is made
+// where it belongs, clone(2).
+func (l *limits) start(cmd *exec.Cmd) (err error) {
+	if l == nil {
+		return cmd.Start()
+	}
+	defer l.closeDoors()
+	for _, d := range l.doors {
+		if d.out == nil {
+			cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(d.in.Fd())
+			continue
+		}
+		if _, err := d.in.WriteString("0"); err != nil {
+			return fmt.Errorf("entering the machine's cgroup: %w", err)
+		}
+		defer func() {
+			if _, outErr := d.out.WriteString("0"); outErr != nil {
+				err = errors.Join(err, fmt.Errorf("leaving the machine's cgroup: %w", outErr))
+			}
+		}()
+	}
+	return cmd.Start()
+}
+
+// A door leads a thread into a group of cgroup v1 and back to where this process
+// is, by the files "tasks" of both. With cgroup v2 in is the group's directory.
+type door struct{ in, out *os.File }
+
+// openDoors opens what start needs.
+func (l *limits) openDoors() error {
+	home, err := ownCgroups()
+	if err != nil {
+		return err
+	}
+	for controller, dir := range l.dirs {
+		var d door
+		if controller == "" {
+			if d.in, err = os.Open(dir); err != nil {
+				return err
+			}
+		} else {
+			if d.in, err = os.OpenFile(filepath.Join(dir, "tasks"), os.O_WRONLY, 0); err != nil {
+				return err
+			}
+			if d.out, err = os.OpenFile(filepath.Join(home[controller], "tasks"), os.O_WRONLY, 0); err != nil {
+				d.in.Close()
+				return err
+			}
+		}
+		l.doors = append(l.doors, d)
+	}
+	return nil
+}
+
+func (l *limits) closeDoors() {
+	for _, d := range l.doors {
+		d.in.Close()
+		if d.out != nil {
+			d.out.Close()
+		}
+	}
+	l.doors = nil
+}
+
+// ownCgroups returns the directories of this process's groups of cgroup v1, by
+// controller. In a container whose own group is not to be seen it is the root of
+// what is.
+func ownCgroups() (map[string]string, error) {
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]string{}
+	for _, c := range v1Controllers {
+		out[c] = filepath.Join(cgroupMount, c)
+	}
+	for line := range strings.Lines(string(b)) {
+		f := strings.SplitN(strings.TrimSpace(line), ":", 3) // id:controllers:path, cgroups(7)
+		if len(f) < 3 {
+			continue
+		}
+		for _, c := range strings.Split(f[1], ",") {
+			dir := filepath.Join(cgroupMount, c, f[2])
+			if _, err := os.Lstat(filepath.Join(dir, "tasks")); err == nil {
+				out[c] = dir
+			}
+		}
+	}
+	return out, nil
 }
 
 // outOfMemory reports whether the kernel has killed something in the group.
@@ -223,12 +305,23 @@ func (l *limits) kill() {
 	}
 }
 
-// cgroupDirs returns the group's directories in all controllers.
+// cgroupParents are the directories that a machine's groups are made in.
+var cgroupParents = func() []string {
+	out := []string{cgroupMount} // cgroup v2
+	for _, c := range v1Controllers {
+		out = append(out, filepath.Join(cgroupMount, c))
+	}
+	return out
+}()
+
+// cgroupDirs returns those of the group's directories that there are.
 func cgroupDirs(name string) []string {
 	var out []string
-	for _, pattern := range []string{filepath.Join(cgroupMount, name), filepath.Join(cgroupMount, "*", name)} {
-		dirs, _ := filepath.Glob(pattern)
-		out = append(out, dirs...)
+	for _, parent := range cgroupParents {
+		dir := filepath.Join(parent, name)
+		if _, err := os.Lstat(dir); err == nil {
+			out = append(out, dir)
+		}
 	}
 	return out
 }
@@ -263,13 +356,13 @@ func killCgroup(name string) {
 // after its parent. Most do at once.
 const reapWait = 5 * time.Second
 
-// remove removes the group, also from controllers that runsc added by itself.
-// The kernel refuses as long as a process is in it, with cgroup v1 also a
-// zombie. What stays after reapWait is for [Engine.Reap].
+// remove removes the group. The kernel refuses as long as a process is in it,
+// with cgroup v1 also a zombie. What stays after reapWait is for [Engine.Reap].
 func (l *limits) remove() {
 	if l == nil {
 		return
 	}
+	l.closeDoors()
 	for deadline := time.Now().Add(reapWait); ; time.Sleep(time.Millisecond) {
 		removeCgroup(l.name)
 		if len(cgroupDirs(l.name)) == 0 || time.Now().After(deadline) {
@@ -288,10 +381,10 @@ func removeCgroup(name string) {
 // supervisor that was killed takes its processes with it, and leaves only them.
 func sweepCgroups() {
 	seen := map[string]bool{}
-	for _, pattern := range []string{filepath.Join(cgroupMount, cgroupPrefix+"*"), filepath.Join(cgroupMount, "*", cgroupPrefix+"*")} {
-		dirs, _ := filepath.Glob(pattern)
-		for _, dir := range dirs {
-			name := filepath.Base(dir)
+	for _, parent := range cgroupParents {
+		entries, _ := os.ReadDir(parent)
+		for _, e := range entries {
+			name := e.Name()
 			if owner, ok := cgroupOwner(name); ok && !seen[name] && !owner.Alive() {
 				seen[name] = true
 				killCgroup(name)

@@ -157,7 +157,10 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 		if listener, err = net.Listen("unix", m.stage.agentSocket()); err != nil {
 			return fmt.Errorf("listening for the guest agent: %w", err)
 		}
-		return m.stage.writeBundle(spec.Hostname, token, lim.path(), files)
+		if err := m.stage.showSize(spec.MemMiB, spec.VCPUCount); err != nil {
+			return err
+		}
+		return m.stage.writeBundle(spec.Hostname, token, files)
 	})
 	if err != nil {
 		return nil, err
@@ -169,11 +172,11 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 		return nil, err
 	}
 	defer w.Close()
-	m.run = rt.command(m.stage, lim != nil, "run", "--bundle", m.stage.bundle(), "--pid-file", m.stage.pid(), m.id)
+	m.run = rt.command(m.stage, "run", "--bundle", m.stage.bundle(), "--pid-file", m.stage.pid(), m.id)
 	m.run.Stdout, m.run.Stderr = w, w
 	// A session of its own: a Ctrl-C on our terminal is for us.
 	m.run.SysProcAttr = &unix.SysProcAttr{Setsid: true}
-	if err := ns.start(m.run); err != nil {
+	if err := ns.start(m.run, lim); err != nil {
 		w.Close()
 		out.close()
 		return nil, fmt.Errorf("running %s: %w", rt.path, err)

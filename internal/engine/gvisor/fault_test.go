@@ -2,6 +2,7 @@ package gvisor_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -259,31 +261,38 @@ func TestProcessorIsBounded(t *testing.T) {
 	}
 }
 
-// cpuTime is the processor time of a machine's cgroup.
+// cpuTime is the processor time of the processes in a machine's cgroup and of
+// those that they have reaped.
 func cpuTime(t *testing.T, m engine.Machine) time.Duration {
 	t.Helper()
-	for _, pid := range m.PIDs() {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", m.PIDs()[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		f := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if !strings.HasPrefix(f[2], "/pyro-") {
+			continue
+		}
+		procs, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", f[1], f[2], "cgroup.procs"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		for line := range strings.Lines(string(b)) {
-			f := strings.SplitN(strings.TrimSpace(line), ":", 3)
-			if !strings.HasPrefix(f[2], "/pyro-") {
-				continue
-			}
-			var n int64
-			text, _ := os.ReadFile("/sys/fs/cgroup/cpuacct" + f[2] + "/cpuacct.usage")
-			if _, err := fmt.Sscan(string(text), &n); err == nil {
-				return time.Duration(n)
-			}
-			text, _ = os.ReadFile("/sys/fs/cgroup" + f[2] + "/cpu.stat")
-			if _, err := fmt.Sscanf(string(text), "usage_usec %d", &n); err == nil {
-				return time.Duration(n) * time.Microsecond
+		var ticks int64
+		for _, pid := range strings.Fields(string(procs)) {
+			stat, _ := os.ReadFile("/proc/" + pid + "/stat")
+			times := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+			for i := 11; i < min(15, len(times)); i++ { // utime to cstime, proc_pid_stat(5)
+				n, err := strconv.ParseInt(times[i], 10, 64)
+				if err != nil {
+					t.Fatal(err)
+				}
+				ticks += n
 			}
 		}
+		return time.Duration(ticks) * (time.Second / 100)
 	}
-	t.Fatal("no cgroup of the machine counts processor time")
+	t.Fatal("the machine has no cgroup")
 	return 0
 }
 

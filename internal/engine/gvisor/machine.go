@@ -242,11 +242,11 @@ func (m *machine) command(ctx context.Context, args ...string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
-	cmd := m.runsc.command(m.stage, m.limits != nil, args...)
+	cmd := m.runsc.command(m.stage, args...)
 	output := &cappedBuffer{max: 16 << 10}
 	cmd.Stdout, cmd.Stderr = output, output
 	cmd.WaitDelay = time.Second
-	if err := m.ns.start(cmd); err != nil {
+	if err := m.ns.start(cmd, nil); err != nil {
 		return fmt.Errorf("running runsc %s: %w", args[0], err)
 	}
 	stop := context.AfterFunc(ctx, func() { _ = cmd.Process.Kill() })

@@ -95,14 +95,14 @@ func (n *namespace) do(f func() error) error {
 	}
 }
 
-// start starts cmd in the namespace. The child is killed when this process
-// ends or the namespace is closed.
-func (n *namespace) start(cmd *exec.Cmd) error {
+// start starts cmd in the namespace and in the cgroups of in, which may be nil.
+// The child is killed when this process ends or the namespace is closed.
+func (n *namespace) start(cmd *exec.Cmd, in *limits) error {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &unix.SysProcAttr{}
 	}
 	cmd.SysProcAttr.Pdeathsig = unix.SIGKILL
-	return n.do(cmd.Start)
+	return n.do(func() error { return in.start(cmd) })
 }
 
 // close ends the thread and kills what start has started and still runs. It

@@ -56,6 +56,7 @@ func (s stage) root() string   { return s.path("root") }  // overlay of them all
 func (s stage) bundle() string { return s.path("bundle") }
 func (s stage) state() string  { return s.path("state") } // runsc --root
 func (s stage) socket() string { return s.path("socket") }
+func (s stage) size() string   { return s.path("size") } // what runsc reads of the guest's size
 func (s stage) agent() string  { return s.path("agent") }
 func (s stage) pid() string    { return s.path("pid") }
 
@@ -70,7 +71,7 @@ func (s stage) mount() error {
 	if err != nil {
 		return fmt.Errorf("mounting a private tmpfs on %s: %w", string(s), err)
 	}
-	for _, dir := range []string{s.base(), s.lowers(), s.layer(), s.spare(), s.root(), s.bundle(), s.state(), s.socket()} {
+	for _, dir := range []string{s.base(), s.lowers(), s.layer(), s.spare(), s.root(), s.bundle(), s.state(), s.socket(), s.size()} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			return err
 		}

@@ -119,8 +119,8 @@ func versionDate(version string) string {
 // globalFlags are the flags that every runsc command of one sandbox must be
 // given alike: start without --network=none, for example, silently makes a
 // sandbox without a loopback.
-func (r runsc) globalFlags(s stage, cgroups bool) []string {
-	flags := []string{
+func (r runsc) globalFlags(s stage) []string {
+	return []string{
 		"--root=" + s.state(),
 		"--platform=systrap",
 		// Loopback only. What else a guest may reach goes through the guest
@@ -143,16 +143,12 @@ func (r runsc) globalFlags(s stage, cgroups bool) []string {
 		"--in-sandbox-cgroup=v2",
 		"--host-settings=ignore",
 	}
-	if !cgroups {
-		flags = append(flags, "--ignore-cgroups")
-	}
-	return flags
 }
 
 // command returns the runsc command with the given arguments, for
 // namespace.start.
-func (r runsc) command(s stage, cgroups bool, args ...string) *exec.Cmd {
-	cmd := exec.Command(r.path, append(r.globalFlags(s, cgroups), args...)...)
+func (r runsc) command(s stage, args ...string) *exec.Cmd {
+	cmd := exec.Command(r.path, append(r.globalFlags(s), args...)...)
 	cmd.Env = []string{"LC_ALL=C", "PATH=" + os.Getenv("PATH")}
 	cmd.Dir = "/"
 	return cmd
