@@ -86,7 +86,8 @@ func FuzzRequest(f *testing.F) {
 }
 
 // TestDialOut is the agent in a sandbox: it connects to the host, shows its
-// token, serves streams, and comes back after the host hung up.
+// token, serves streams, and comes back after the host hung up, to go on with the
+// session or to begin another as the host says.
 func TestDialOut(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "host.sock")
@@ -101,21 +102,33 @@ func TestDialOut(t *testing.T) {
 			t.Errorf("the agent ends with %v", err)
 		}
 	}()
-	bootID := ""
-	for round := range 3 {
+	// dialled waits until the agent has come with the token.
+	dialled := func(token string) net.Conn {
+		t.Helper()
 		l, err := guestconn.ListenUnix(path)
 		if err != nil {
 			t.Fatal(err)
 		}
+		defer l.Close()
 		conn, err := l.Accept()
 		if err != nil {
 			t.Fatal(err)
 		}
-		line := make([]byte, len("secret token\n"))
-		if _, err := io.ReadFull(conn, line); err != nil || string(line) != "secret token\n" {
-			t.Fatalf("the token is %q, %v", line, err)
+		line := make([]byte, len(token)+1)
+		if _, err := io.ReadFull(conn, line); err != nil || string(line) != token+"\n" {
+			t.Fatalf("the token is %q, %v; want %q", line, err, token)
 		}
-		m, err := guestconn.NewMux(testContext(t), conn, guestconn.Host)
+		return conn
+	}
+	bootID, token, last := "", "secret token", ""
+	for round := range 3 {
+		conn := dialled(token)
+		token = fmt.Sprintf("token %d", round)
+		if err := guestconn.GreetBegin(conn, token); err != nil {
+			t.Fatal(err)
+		}
+		pipe := guestconn.NewSplicedPipe(conn, guestconn.Host)
+		m, err := guestconn.NewMux(testContext(t), pipe, guestconn.Host)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -125,12 +138,15 @@ func TestDialOut(t *testing.T) {
 			t.Fatalf("hello in round %d: %+v, %v", round, h, err)
 		}
 		bootID = h.BootID
+		if last != "" {
+			eventually(t, "the last session's command is gone", func() bool { return len(running("999."+last)) == 0 })
+		}
 		// No command learns the token.
 		r, err := c.ExecPlain(testContext(t), guestproto.ExecRequest{Command: "echo ${PYRO_AGENT_TOKEN-unset}; tr '\\0' '\\n' < /proc/$PPID/environ | grep -c TOKEN"})
 		if err != nil || !strings.HasPrefix(r.Stdout, "unset\n") {
 			t.Errorf("round %d: %+v, %v", round, r, err)
 		}
-		// A command of a session ends with it.
+		// A command of a session ends with it, and not with one of its connections.
 		mark := marker()
 		started := make(chan struct{})
 		ended := make(chan error, 1)
@@ -139,12 +155,40 @@ func TestDialOut(t *testing.T) {
 			ended <- err
 		}()
 		<-started
-		_ = l.Close()
+		for range 3 {
+			if err := pipe.Detach(testContext(t)); err != nil {
+				t.Fatal(err)
+			}
+			conn := dialled(token)
+			if err := errors.Join(guestconn.GreetContinue(conn), pipe.Attach(conn)); err != nil {
+				t.Fatal(err)
+			}
+			if h, err := c.Hello(testContext(t)); err != nil || h.BootID != bootID {
+				t.Fatalf("hello over the next connection: %+v, %v", h, err)
+			}
+		}
+		if len(running("999."+mark)) == 0 {
+			t.Error("a command has ended with its connection")
+		}
+		if round == 0 {
+			// A copy of the agent meets a host of its own: another session begins
+			// while this one waits for a connection.
+			if err := pipe.Detach(testContext(t)); err != nil {
+				t.Fatal(err)
+			}
+			conn := dialled(token)
+			token = "token of the copy"
+			if err := guestconn.GreetBegin(conn, token); err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "the command of the session before is gone", func() bool { return len(running("999."+mark)) == 0 })
+			_ = conn.Close()
+		}
 		_ = m.Close()
 		if err := <-ended; !errors.Is(err, api.ErrUnavailable) {
 			t.Errorf("a command of an ended session: %v", err)
 		}
-		eventually(t, "the session's command is gone", func() bool { return len(running("999."+mark)) == 0 })
+		last = mark
 	}
 }
 

@@ -2,6 +2,7 @@ package guestagent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -78,45 +79,101 @@ func openListener(name string) (net.Listener, error) {
 }
 
 // redial bounds the pause between two attempts to reach the host, which hangs
-// up on purpose before it saves the sandbox and listens again after.
+// up on purpose before it saves the sandbox and listens again soon after.
 const (
-	redialMin = 10 * time.Millisecond
-	redialMax = 250 * time.Millisecond
+	redialMin  = 10 * time.Millisecond
+	redialMax  = 250 * time.Millisecond
+	redialSoon = 2 * time.Second // for how long it stays at redialMin
 )
 
+// A dialler keeps up the session of an agent that connects to its host.
+type dialler struct {
+	path, token string
+	server      *Server
+	logger      *slog.Logger
+
+	pipe *guestconn.SplicedPipe // of the session, nil without one
+	over chan struct{}          // closed when the session has ended
+}
+
 // dialHost connects to the host's socket, shows the token and serves a
-// multiplexed session, again and again.
+// multiplexed session, again and again. The host says whether a connection
+// carries on the session that there is or begins a new one, as it does with a
+// copy of this guest: then the one that there is ends, with its requests.
 func dialHost(path, token string) source {
 	return func(ctx context.Context, s *Server, logger *slog.Logger) error {
+		d := &dialler{path: path, token: token, server: s, logger: logger}
+		lost := time.Now()
 		pause := redialMin
 		for ctx.Err() == nil {
-			began := time.Now()
-			if err := dialOnce(ctx, path, token, s); err != nil {
-				logger.Debug("serving the host", "err", err)
-			}
-			if time.Since(began) > time.Second {
-				pause = redialMin
+			if err := d.connect(ctx); err != nil {
+				logger.Debug("dialling the host", "err", err)
+			} else {
+				d.wait(ctx)
+				lost, pause = time.Now(), 0
 			}
 			select {
 			case <-ctx.Done():
 			case <-time.After(pause):
 			}
-			pause = min(2*pause, redialMax)
+			if time.Since(lost) > redialSoon {
+				pause = min(2*pause, redialMax)
+			}
+			pause = max(pause, redialMin)
 		}
 		return nil
 	}
 }
 
-func dialOnce(ctx context.Context, path, token string, s *Server) error {
-	c, err := guestconn.DialUnix(ctx, path)
+// connect gives the session a connection, or begins one on it.
+func (d *dialler) connect(ctx context.Context) (err error) {
+	c, err := guestconn.DialUnix(ctx, d.path)
 	if err != nil {
 		return err
 	}
-	if _, err := io.WriteString(c, token+"\n"); err != nil {
-		_ = c.Close()
+	defer func() {
+		if err != nil {
+			_ = c.Close()
+		}
+	}()
+	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
+	if _, err := io.WriteString(c, d.token+"\n"); err != nil {
 		return err
 	}
-	return serveMux(ctx, c, s)
+	next, err := guestconn.ReadGreeting(c)
+	if err != nil {
+		return err
+	}
+	if next == "" {
+		if d.pipe == nil {
+			return errors.New("the host goes on with a session that there is not")
+		}
+		return d.pipe.Attach(c)
+	}
+	d.token = next
+	if d.pipe != nil {
+		_ = d.pipe.Close()
+		<-d.over
+	}
+	d.pipe, d.over = guestconn.NewSplicedPipe(c, guestconn.Guest), make(chan struct{})
+	go func(pipe *guestconn.SplicedPipe, over chan struct{}) {
+		defer close(over)
+		if err := serveMux(ctx, pipe, d.server); err != nil {
+			d.logger.Debug("serving the host", "err", err)
+		}
+	}(d.pipe, d.over)
+	return nil
+}
+
+// wait returns when the session is without a connection, or at its end.
+func (d *dialler) wait(ctx context.Context) {
+	select {
+	case <-d.pipe.Detached():
+	case <-d.over:
+		_ = d.pipe.Close()
+		d.pipe = nil
+	case <-ctx.Done():
+	}
 }
 
 // serveMux serves one multiplexed session to its end.

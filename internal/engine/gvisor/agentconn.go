@@ -30,10 +30,9 @@ const (
 	tokenTimeout = 10 * time.Second
 )
 
-// acceptAgent takes the first connection that begins with the token and makes
-// it the machine's session. It closes l in every case: nothing that starts in
-// the guest later finds a socket to dial.
-func acceptAgent(ctx context.Context, l net.Listener, token string, logger *slog.Logger) (*guestconn.Mux, error) {
+// acceptAgent takes the first connection that begins with the token. It closes l
+// in every case: nothing that starts in the guest later finds a socket to dial.
+func acceptAgent(ctx context.Context, l net.Listener, token string, logger *slog.Logger) (net.Conn, error) {
 	defer l.Close()
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
@@ -50,9 +49,26 @@ func acceptAgent(ctx context.Context, l net.Listener, token string, logger *slog
 			conn.Close()
 			continue
 		}
-		return guestconn.NewMux(ctx, conn, guestconn.Host)
+		return conn, nil
 	}
 	return nil, api.Errorf(api.ErrUnavailable, "waiting for the guest agent: %d connections came without its token", maxStrangers)
+}
+
+// begin waits for the guest agent and makes its connection the first of the
+// machine's session. It closes l.
+func (m *machine) begin(ctx context.Context, l net.Listener, token string) error {
+	conn, err := acceptAgent(ctx, l, token, m.logger)
+	if err != nil {
+		return err
+	}
+	m.token = newToken()
+	if err := guestconn.GreetBegin(conn, m.token); err != nil {
+		conn.Close()
+		return err
+	}
+	m.pipe = guestconn.NewSplicedPipe(conn, guestconn.Host)
+	m.mux, err = guestconn.NewMux(ctx, m.pipe, guestconn.Host)
+	return err
 }
 
 // readToken reads exactly the token and its newline, not a byte more.

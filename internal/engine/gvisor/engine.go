@@ -184,7 +184,7 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 	attachCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	m.detach = cancel
 	go func() {
-		m.mux, m.attErr = acceptAgent(attachCtx, listener, token, m.logger)
+		m.attErr = m.begin(attachCtx, listener, token)
 		m.children() // while runsc run, by which they are found, lives
 		if err := lim.settle(); err != nil && m.attErr == nil {
 			m.logger.Warn("setting the machine's limits", "err", err)

@@ -41,8 +41,10 @@ type machine struct {
 
 	run *exec.Cmd // runsc run, in the foreground
 
-	attached chan struct{} // closed when mux or attachErr is set
+	attached chan struct{} // closed when mux or attErr is set
 	mux      *guestconn.Mux
+	pipe     *guestconn.SplicedPipe // below mux
+	token    string                 // what the guest agent says when it dials again
 	attErr   error
 	detach   context.CancelFunc // gives the waiting for the guest agent up
 
