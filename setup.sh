@@ -87,6 +87,7 @@ build)
 	;;
 test)
 	build
+	install_packages busybox-static
 	make --no-print-directory test test-guests
 	;;
 clients)

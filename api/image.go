@@ -2,7 +2,9 @@ package api
 
 import (
 	"maps"
+	"strconv"
 	"strings"
+	"unicode"
 )
 
 // ImageConfig is what an OCI image says of how to run it. It is data of whoever
@@ -32,4 +34,51 @@ func (c ImageConfig) Environ(over map[string]string) map[string]string {
 	}
 	maps.Copy(out, over)
 	return out
+}
+
+// RunsAsRoot reports whether commands run as the guest's root, as they do where
+// the image names no user.
+func (c ImageConfig) RunsAsRoot() bool {
+	name, group, _ := strings.Cut(c.User, ":")
+	isRoot := func(s string) bool { return s == "" || s == "0" || s == "root" }
+	return isRoot(name) && isRoot(group)
+}
+
+// The bounds of a user's name: of it in bytes, and of a user id. One more means
+// "no id" to Linux.
+const (
+	maxUser   = 256
+	maxUserID = 1<<32 - 2
+)
+
+// CheckUser checks the form of a guest's user, NAME-OR-NUMBER[:GROUP-OR-NUMBER].
+// What is none is ErrInvalid; whether there is such a user only the guest knows.
+func CheckUser(user string) error {
+	bad := func(why string) error {
+		return WithHint(Errorf(ErrInvalid, "%.60q is no user: %s", user, why), "write a name or a number, and behind a colon optionally a group, as in app or 1000:1000")
+	}
+	if len(user) > maxUser {
+		return bad("it is longer than " + strconv.Itoa(maxUser) + " bytes")
+	}
+	if strings.ContainsFunc(user, func(r rune) bool { return unicode.IsControl(r) || unicode.IsSpace(r) }) {
+		return bad("it has blanks or control characters in it")
+	}
+	parts := strings.Split(user, ":")
+	if len(parts) > 2 {
+		return bad("it has more than one colon")
+	}
+	for _, part := range parts {
+		if part == "" {
+			return bad("a name is empty")
+		}
+		digits := strings.TrimLeft(part, "+-")
+		if digits == "" || strings.Trim(digits, "0123456789") != "" {
+			continue
+		}
+		// A number that does not fit must not become another one, such as 0.
+		if id, err := strconv.ParseUint(part, 10, 64); err != nil || id > maxUserID {
+			return bad("the largest id is " + strconv.Itoa(maxUserID))
+		}
+	}
+	return nil
 }

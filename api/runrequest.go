@@ -23,6 +23,9 @@ type RunRequest struct {
 	// Timeout is for the command, TTL for the machine; negative means none.
 	Timeout, TTL time.Duration
 	Env          map[string]string
+	// User is who the command runs as, NAME-OR-NUMBER[:GROUP-OR-NUMBER]; "" for
+	// the image's own user, which mostly is root.
+	User string
 	// NetworkPolicy is NetworkOff if empty, or NetworkEgress.
 	NetworkPolicy string
 

@@ -51,6 +51,7 @@ type OpenShellRequest struct {
 	Cwd  string // default /workspace
 	Size TerminalSize
 	Env  map[string]string
+	User string // as in ExecRequest
 	// SecretEnv gives secrets as environment variables: by a secret's name, the
 	// variable's name.
 	SecretEnv map[string]string
@@ -172,6 +173,7 @@ type StartServiceRequest struct {
 	Argv      []string
 	Cwd       string
 	Env       map[string]string
+	User      string // as in ExecRequest
 	SecretEnv map[string]string
 	// Readiness is nil for a service that is ready when it runs.
 	Readiness     *Readiness

@@ -112,6 +112,10 @@ type CreateRequest struct {
 	VCPUCount, MemMiB, DiskMiB int
 	// TTL is the time until the workspace deletes itself; negative means never.
 	TTL time.Duration
+	// User is who its commands run as unless they say otherwise, and who its
+	// files belong to: NAME-OR-NUMBER[:GROUP-OR-NUMBER]; "" for the image's own
+	// user, which mostly is root.
+	User string
 
 	// Secrets are for its commands; no record, log, disk or output shows them.
 	Secrets []Secret
@@ -172,6 +176,9 @@ type ExecRequest struct {
 	Argv []string
 	Cwd  string // default /workspace
 	Env  map[string]string
+	// User is who the command runs as, NAME-OR-NUMBER[:GROUP-OR-NUMBER]; "" for
+	// the workspace's own user.
+	User string
 	// SecretEnv gives secrets as environment variables: by a secret's name, the
 	// variable's name.
 	SecretEnv map[string]string

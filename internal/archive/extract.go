@@ -68,10 +68,19 @@ type ExtractOptions struct {
 	// entry, by case folding, or by what was there before. Without it files and
 	// links are replaced; a directory is never replaced by anything else.
 	Fresh bool
+	// Owner, where not nil, is whom everything that is made belongs to, in the
+	// place of this process's user. Directories that are there already keep
+	// theirs.
+	Owner *Owner
 	// OnDirectory, where not nil, is told of every directory that the archive
 	// has an entry for, so that a caller who merges what was unpacked knows
 	// which modes and times are the archive's. The name is clean and local.
 	OnDirectory func(name string)
+}
+
+// An Owner is a user and a group by their numbers.
+type Owner struct {
+	UID, GID int
 }
 
 // Result counts what was unpacked or packed.
@@ -273,6 +282,9 @@ func (x *extractor) makeDirs(name string) error {
 		if err := x.root.Mkdir(name, 0o755); err != nil {
 			return pathCause(err)
 		}
+		if err := x.give(name); err != nil {
+			return err
+		}
 	case err != nil:
 		return pathCause(err)
 	case fi.IsDir():
@@ -349,7 +361,21 @@ func (x *extractor) symlink(hdr *tar.Header, name string) error {
 	if err := x.root.Symlink(target, name); err != nil {
 		return pathCause(err)
 	}
+	if err := x.give(name); err != nil {
+		return err
+	}
 	x.result.Entries++
+	return nil
+}
+
+// give gives what has just been made at name to the owner.
+func (x *extractor) give(name string) error {
+	if x.opts.Owner == nil {
+		return nil
+	}
+	if err := x.root.Lchown(name, x.opts.Owner.UID, x.opts.Owner.GID); err != nil {
+		return pathCause(err)
+	}
 	return nil
 }
 
@@ -405,6 +431,12 @@ func (x *extractor) file(tr *tar.Reader, hdr *tar.Header, name string, mode fs.F
 		return pathCause(err)
 	}
 	err = x.copy(f, tr, hdr.Size)
+	if o := x.opts.Owner; err == nil && o != nil {
+		// Before the mode: giving a file away takes its set-id bits.
+		if e := f.Chown(o.UID, o.GID); e != nil {
+			err = pathCause(e)
+		}
+	}
 	if err == nil {
 		if e := f.Chmod(mode); e != nil {
 			err = pathCause(e)

@@ -58,6 +58,7 @@ lets a command run on this host, and the answer says so.`,
 	f.Float64Var(&o.ttlSeconds, "ttl-seconds", api.DefaultTTL.Seconds(), "time limit for the guest; 0 for none")
 	f.StringVar(&o.req.NetworkPolicy, "network", api.NetworkOff, "network policy: off or egress")
 	f.StringArrayVar(&o.env, "env", nil, "environment variable `NAME=VALUE` for the command, or NAME to take this process's; repeatable")
+	addUser(cmd, &o.req.User, "the image's own")
 	f.BoolVar(&o.raw, "raw", false, "do not filter control sequences on a terminal")
 	f.BoolVar(&a.quiet, "quiet", false, "no progress and no closing line on stderr")
 	addEngineFlags(cmd, &o.req.Engine, &o.require, &o.req.AllowHostCompat)
@@ -84,6 +85,11 @@ func checkSizeFlags(cmd *cobra.Command) error {
 		}
 	}
 	return nil
+}
+
+// addUser adds the flag that says who runs something in the guest.
+func addUser(cmd *cobra.Command, to *string, otherwise string) {
+	cmd.Flags().StringVar(to, "user", "", "run as this `USER[:GROUP]` of the guest, names or numbers (default "+otherwise+")")
 }
 
 // addEngineFlags adds the flags by which a new machine's engine is chosen.

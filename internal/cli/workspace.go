@@ -119,6 +119,7 @@ The workspace deletes itself when --ttl-seconds are over; update changes that.`,
 	f.StringArrayVar(&o.files, "secret-file", nil, "secret `NAME=PATH` whose value is in a file of this host; repeatable")
 	addSizeFlags(cmd, &o.req.VCPUCount, &o.req.MemMiB, &o.req.DiskMiB)
 	f.Float64Var(&o.ttlSeconds, "ttl-seconds", api.DefaultTTL.Seconds(), "time until it deletes itself; 0 for never")
+	addUser(cmd, &o.req.User, "the image's own")
 	f.BoolVar(&o.idOnly, "id-only", false, "print nothing but the id")
 	f.BoolVar(&a.quiet, "quiet", false, "no progress and no report of what was left out on stderr")
 	addEngineFlags(cmd, &o.req.Engine, &o.require, &o.req.AllowHostCompat)

@@ -65,6 +65,7 @@ pyro workspace logs shows with its output.`,
 	f.StringVar(&o.req.Cwd, "cwd", api.WorkspacePath, "directory to run it in")
 	f.StringArrayVar(&o.env, "env", nil, "environment variable `NAME=VALUE` for the command, or NAME to take this process's; repeatable")
 	addSecretEnv(cmd, &o.secretEnv)
+	addUser(cmd, &o.req.User, "the workspace's own")
 	f.BoolVar(&o.stdin, "stdin", false, "pass this process's stdin to the command")
 	f.BoolVarP(&o.tty, "tty", "t", false, "run it on a terminal, connected to this one")
 	f.BoolVar(&o.detach, "detach", false, "return at once; the command goes on, and logs shows it")

@@ -30,6 +30,7 @@ closed or its workspace is stopped or reset.`
 type shellOptions struct {
 	size          api.TerminalSize
 	cwd           string
+	user          string
 	secretEnv     []string
 	idOnly        bool
 	read          api.ReadShellRequest
@@ -52,7 +53,7 @@ func newShellOpenCmd(a *app) *cobra.Command {
 		if err != nil {
 			return err
 		}
-		s, err := c.OpenShell(ctx, ref, api.OpenShellRequest{Cwd: o.cwd, Size: o.size, SecretEnv: env})
+		s, err := c.OpenShell(ctx, ref, api.OpenShellRequest{Cwd: o.cwd, User: o.user, Size: o.size, SecretEnv: env})
 		if err != nil {
 			return err
 		}
@@ -68,6 +69,7 @@ func newShellOpenCmd(a *app) *cobra.Command {
 	})
 	f := cmd.Flags()
 	f.StringVar(&o.cwd, "cwd", api.WorkspacePath, "directory to start in")
+	addUser(cmd, &o.user, "the workspace's own")
 	f.Uint16Var(&o.size.Cols, "cols", 120, "columns of its terminal")
 	f.Uint16Var(&o.size.Rows, "rows", 30, "rows of its terminal")
 	f.BoolVar(&o.idOnly, "id-only", false, "print nothing but the id")
@@ -315,6 +317,7 @@ ready in time has failed: its log is kept and nothing of it runs. Exit status 1.
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.req.Cwd, "cwd", api.WorkspacePath, "directory to run it in")
+	addUser(cmd, &o.req.User, "the workspace's own")
 	f.StringArrayVar(&o.env, "env", nil, "environment variable `NAME=VALUE`, or NAME to take this process's; repeatable")
 	f.StringVar(&o.readyFile, "ready-file", "", "ready when this file is there")
 	f.StringVar(&o.readyTCP, "ready-tcp", "", "ready when something answers at `HOST:PORT` in the guest")

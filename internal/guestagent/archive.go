@@ -64,36 +64,40 @@ func (s *Server) openDir(p string, create bool) (*os.Root, error) {
 
 // openTarget opens dir, which an archive is packed from or unpacked into because
 // somebody asked for p. Within the workspace it is held to what the file tools
-// are held to; elsewhere it is wherever the guest's links lead.
-func (s *Server) openTarget(p, dir string, create bool) (*os.Root, error) {
+// are held to, and what is made in it belongs to owner; elsewhere it is wherever
+// the guest's links lead.
+func (s *Server) openTarget(p, dir string, create bool) (_ *os.Root, owner *archive.Owner, err error) {
 	if dir != defaultCwd && !strings.HasPrefix(dir, defaultCwd+"/") {
 		root, err := s.openDir(dir, create)
 		if err != nil {
-			return nil, pathError(p, err)
+			return nil, nil, pathError(p, err)
 		}
-		return root, nil
+		return root, nil, nil
 	}
 	at, err := s.openPlace(guestproto.Path(dir))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer at.close()
 	at.abs = guestproto.Path(p)
+	if owner, err = s.owner(at.workspace); err != nil {
+		return nil, nil, err
+	}
 	var d *directory
 	if create {
-		d, err = at.makeDirectory(at.rel)
+		d, err = at.makeDirectory(at.rel, owner)
 	} else {
 		d, err = at.openDirectory()
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer d.release()
 	root, err := d.openRoot(".")
 	if err != nil {
-		return nil, fileError(at.abs, err)
+		return nil, nil, fileError(at.abs, err)
 	}
-	return root, nil
+	return root, owner, nil
 }
 
 // pathError classes what opening a guest path met.
@@ -131,7 +135,7 @@ func (q *request) extract(ctx context.Context, line []byte) error {
 	if err != nil {
 		return err
 	}
-	root, err := q.server.openTarget(dest, dest, true)
+	root, owner, err := q.server.openTarget(dest, dest, true)
 	if err != nil {
 		return fmt.Errorf("opening the destination: %w", err)
 	}
@@ -140,7 +144,7 @@ func (q *request) extract(ctx context.Context, line []byte) error {
 	if q.stream {
 		src = &dataReader{fr: guestproto.NewFrameReader(q.r)}
 	}
-	res, err := archive.Extract(ctx, root, src, archive.ExtractOptions{})
+	res, err := archive.Extract(ctx, root, src, archive.ExtractOptions{Owner: owner})
 	if err != nil {
 		return fmt.Errorf("unpacking into %s: %w", dest, err)
 	}
@@ -214,7 +218,7 @@ func (q *request) export(ctx context.Context, line []byte) error {
 	if p == "/" {
 		name = "."
 	}
-	root, err := q.server.openTarget(p, path.Clean(dir), false)
+	root, _, err := q.server.openTarget(p, path.Clean(dir), false)
 	if err != nil {
 		return fmt.Errorf("opening what to pack: %w", err)
 	}

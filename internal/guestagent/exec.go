@@ -104,7 +104,11 @@ type sink func(stream int, p []byte) error
 
 // spec turns a request into what to run.
 func (s *Server) spec(req *guestproto.ExecRequest) (process.Spec, error) {
-	dir, err := s.workDir(req.Cwd)
+	u, err := s.user(req.User)
+	if err != nil {
+		return process.Spec{}, err
+	}
+	dir, err := s.workDir(req.Cwd, u)
 	if err != nil {
 		return process.Spec{}, err
 	}
@@ -112,11 +116,12 @@ func (s *Server) spec(req *guestproto.ExecRequest) (process.Spec, error) {
 	if req.Command != "" {
 		argv = []string{"/bin/sh", "-c", req.Command}
 	}
-	return process.Spec{Argv: argv, Env: s.environ(req, dir), Dir: dir}, nil
+	return process.Spec{Argv: argv, Env: s.environ(req, dir, u), Dir: dir, Credential: u.credential()}, nil
 }
 
-// workDir returns the directory on this system's disk that a command runs in.
-func (s *Server) workDir(cwd string) (string, error) {
+// workDir returns the directory on this system's disk that a command of u's runs
+// in.
+func (s *Server) workDir(cwd string, u *user) (string, error) {
 	if cwd == "" {
 		dir := filepath.Join(s.Root, defaultCwd)
 		if fi, err := os.Stat(dir); err == nil && fi.IsDir() {
@@ -136,6 +141,9 @@ func (s *Server) workDir(cwd string) (string, error) {
 		return "", api.Errorf(api.ErrInvalid, "looking at the working directory %s: %w", cwd, errors.Unwrap(err))
 	case !fi.IsDir():
 		return "", api.Errorf(api.ErrInvalid, "the working directory %s is not a directory", cwd)
+	case !process.MayEnter(dir, u.credential()):
+		return "", api.WithHint(api.Errorf(api.ErrDenied, "user %q may not enter the working directory %s", u.name, cwd),
+			"choose another one with --cwd, or --user root")
 	}
 	return dir, nil
 }
@@ -150,7 +158,7 @@ const reapLimit = 10 * time.Second
 // defaultCwd is where commands run unless they say otherwise.
 const defaultCwd = "/workspace"
 
-func (s *Server) environ(req *guestproto.ExecRequest, dir string) []string {
+func (s *Server) environ(req *guestproto.ExecRequest, dir string, u *user) []string {
 	env := map[string]string{
 		"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 		"HOME": "/root",
@@ -165,6 +173,7 @@ func (s *Server) environ(req *guestproto.ExecRequest, dir string) []string {
 			}
 		}
 	}
+	u.environ(env)
 	if req.TTY != nil {
 		env["TERM"] = "xterm-256color"
 	}

@@ -300,7 +300,11 @@ func (s *Server) writeFile(ctx context.Context, p *place, mode os.FileMode, cont
 	if isStageName(base) && dir == "." {
 		return reply, api.Errorf(api.ErrDenied, "%q is the guest agent's own name", p.abs)
 	}
-	parent, err := p.makeDirectory(dir)
+	owner, err := s.owner(p.workspace)
+	if err != nil {
+		return reply, err
+	}
+	parent, err := p.makeDirectory(dir, owner)
 	if err != nil {
 		return reply, err
 	}
@@ -327,6 +331,11 @@ func (s *Server) writeFile(ctx context.Context, p *place, mode os.FileMode, cont
 		reply.Created = true
 		if mode == 0 {
 			mode = defaultFileMode
+		}
+		if owner != nil {
+			if err := f.Chown(owner.UID, owner.GID); err != nil {
+				return reply, fileError(p.abs, err)
+			}
 		}
 	case err != nil:
 		return reply, fileError(p.abs, err)

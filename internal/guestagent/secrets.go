@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/archive"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
@@ -32,14 +33,24 @@ func (q *request) setSecrets(line []byte) error {
 		// Everything below the root of our own lies on the host's disk.
 		return q.reply(guestproto.SetSecretsReply{})
 	}
-	if err := storeSecrets(guestproto.SecretsDir, req.Secrets); err != nil {
+	// Whose commands the workspace is for can read them.
+	var owner *archive.Owner
+	if p, err := q.server.openPlace(defaultCwd); err == nil {
+		owner, _ = q.server.owner(p.workspace)
+		p.close()
+	}
+	if err := storeSecrets(guestproto.SecretsDir, req.Secrets, owner); err != nil {
 		return api.Errorf(api.ErrUnavailable, "storing secrets: %w", err)
 	}
 	return q.reply(guestproto.SetSecretsReply{Stored: true})
 }
 
-// storeSecrets makes dir anew, on a tmpfs, with one file for each secret.
-func storeSecrets(dir string, secrets map[string][]byte) error {
+// storeSecrets makes dir anew, on a tmpfs, with one file for each secret. They
+// are owner's, root's if that is nil.
+func storeSecrets(dir string, secrets map[string][]byte, owner *archive.Owner) error {
+	if owner == nil {
+		owner = &archive.Owner{}
+	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
@@ -54,6 +65,9 @@ func storeSecrets(dir string, secrets map[string][]byte) error {
 		if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NODEV|unix.MS_NOSUID|unix.MS_NOEXEC, "mode=0700,size=16m"); err != nil {
 			return err
 		}
+	}
+	if err := os.Lchown(dir, owner.UID, owner.GID); err != nil {
+		return err
 	}
 	old, err := os.ReadDir(dir)
 	if err != nil {
@@ -76,7 +90,9 @@ func storeSecrets(dir string, secrets map[string][]byte) error {
 		if err != nil {
 			return err
 		}
-		_, err = f.Write(value)
+		if _, err = f.Write(value); err == nil {
+			err = f.Chown(owner.UID, owner.GID)
+		}
 		if closeErr := f.Close(); err == nil {
 			err = closeErr
 		}

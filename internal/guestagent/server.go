@@ -208,6 +208,8 @@ func (q *request) serve(ctx context.Context) error {
 		return q.resume(line)
 	case guestproto.ActionSetSecrets:
 		return q.setSecrets(line)
+	case guestproto.ActionOwnWorkspace:
+		return q.ownWorkspace(line)
 	case guestproto.ActionShutdown:
 		return q.shutdown(line)
 	case guestproto.ActionFlush:

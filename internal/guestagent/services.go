@@ -33,7 +33,7 @@ func (s *Server) buildService(req *guestproto.StartService) (*service, error) {
 	if err := guestproto.CheckWorkloadName(req.ServiceName); err != nil {
 		return nil, err
 	}
-	exec := &guestproto.ExecRequest{Command: req.Command, Env: req.Env, Cwd: req.Cwd}
+	exec := &guestproto.ExecRequest{Command: req.Command, Env: req.Env, Cwd: req.Cwd, User: req.User}
 	if len(req.Argv) > 0 {
 		exec.Command, exec.Argv = "", req.Argv
 	}

@@ -70,9 +70,17 @@ func (s *Server) startShell(req *guestproto.OpenShell, budget *ring.Budget) (*sh
 	if err := checkExec(exec); err != nil {
 		return nil, err
 	}
-	dir, err := s.workDir(req.Cwd)
+	u, err := s.user(req.User)
 	if err != nil {
 		return nil, err
+	}
+	dir, err := s.workDir(req.Cwd, u)
+	if err != nil {
+		return nil, err
+	}
+	login := "root"
+	if u != nil {
+		login = u.name
 	}
 	master, slave, err := openTerminal(&size)
 	if err != nil {
@@ -90,10 +98,10 @@ func (s *Server) startShell(req *guestproto.OpenShell, budget *ring.Budget) (*sh
 		return nil, api.Errorf(api.ErrExhausted, "%w", err)
 	}
 	for _, program := range []string{"bash", "sh"} {
-		exec.Env = map[string]string{"SHELL": "/bin/" + program, "LOGNAME": "root"}
+		exec.Env = map[string]string{"SHELL": "/bin/" + program, "LOGNAME": login}
 		maps.Copy(exec.Env, req.Env)
 		sh.cmd, err = s.Runner.Start(process.Spec{
-			Argv: []string{program}, Env: s.environ(exec, dir), Dir: dir, Files: [3]*os.File{slave, slave, slave}, Terminal: true,
+			Argv: []string{program}, Env: s.environ(exec, dir, u), Dir: dir, Files: [3]*os.File{slave, slave, slave}, Terminal: true, Credential: u.credential(),
 		})
 		if !errors.Is(err, fs.ErrNotExist) {
 			break

@@ -84,12 +84,16 @@ func (s *Server) unpack(ctx context.Context, p *place, src io.Reader) (*switcher
 	if len(missing) == 0 {
 		dest = real
 	}
+	owner, err := s.owner(p.workspace)
+	if err != nil {
+		return nil, reply, err
+	}
 	st, err := newStage(s.Root, existing)
 	if err != nil {
 		return nil, reply, err
 	}
 	w := &switcher{stage: st, dest: dest, explicit: make(map[string]bool)}
-	res, err := w.extract(ctx, src)
+	res, err := w.extract(ctx, src, owner)
 	if err == nil {
 		err = w.open(p.workspace)
 	}
@@ -107,10 +111,15 @@ func (s *Server) unpack(ctx context.Context, p *place, src io.Reader) (*switcher
 }
 
 // extract unpacks src into the stage, at the destination's place in "new".
-func (w *switcher) extract(ctx context.Context, src io.Reader) (archive.Result, error) {
+func (w *switcher) extract(ctx context.Context, src io.Reader, owner *archive.Owner) (archive.Result, error) {
 	dir := path.Join(stageNew, w.dest)
 	if err := w.stage.root.MkdirAll(dir, 0o755); err != nil {
 		return archive.Result{}, fileError(guestproto.Path(dir), err)
+	}
+	for at := dir; owner != nil && at != "."; at = path.Dir(at) {
+		if err := w.stage.root.Lchown(at, owner.UID, owner.GID); err != nil {
+			return archive.Result{}, fileError(guestproto.Path(at), err)
+		}
 	}
 	if err := w.stage.root.Mkdir(stageOld, 0o700); err != nil {
 		return archive.Result{}, fileError(stageOld, err)
@@ -122,6 +131,7 @@ func (w *switcher) extract(ctx context.Context, src io.Reader) (archive.Result, 
 	defer root.Close()
 	res, err := archive.Extract(ctx, root, src, archive.ExtractOptions{
 		Limits:      archive.Limits{Entries: guestproto.MaxFileEntries},
+		Owner:       owner,
 		OnDirectory: func(name string) { w.explicit[joinPath(w.dest, name)] = true },
 	})
 	if err != nil {

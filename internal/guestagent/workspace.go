@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/archive"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
@@ -97,19 +98,27 @@ func (p *place) existing(rel string) (real string, d *directory, err error) {
 	return "", nil, err
 }
 
-// makeDirectory opens the directory rel, which it makes if need be.
-func (p *place) makeDirectory(rel string) (*directory, error) {
+// makeDirectory opens the directory rel, which it makes if need be. What it
+// makes is given to owner, if that is not nil.
+func (p *place) makeDirectory(rel string, owner *archive.Owner) (*directory, error) {
 	_, d, missing, err := p.resolve(rel)
 	if err != nil {
 		return nil, err
 	}
 	for _, name := range missing {
-		if err = again(func() error { return unix.Mkdirat(d.fd, name, 0o755) }); err != nil && !errors.Is(err, unix.EEXIST) {
+		made := again(func() error { return unix.Mkdirat(d.fd, name, 0o755) })
+		if err = made; err != nil && !errors.Is(err, unix.EEXIST) {
 			break
 		}
 		var sub *directory
 		if sub, err = d.sub(name); err != nil {
 			break
+		}
+		if made == nil && owner != nil {
+			if err = unix.Fchown(sub.fd, owner.UID, owner.GID); err != nil {
+				sub.release()
+				break
+			}
 		}
 		d.release()
 		d = sub

@@ -40,7 +40,7 @@ const execSlack = 30 * time.Second
 // command that exits non-zero is a reply, not an error. When ctx ends the
 // guest kills the command's whole process tree.
 //
-// It always sets req.Action, Stream and Stdin.
+// It always sets req.Action, Stream and Stdin, and Version to what a user needs.
 func (c *Client) Exec(ctx context.Context, req guestproto.ExecRequest, streams ExecIO) (guestproto.ExecReply, error) {
 	reply, err := c.exec(ctx, req, streams)
 	if err != nil {
@@ -52,6 +52,7 @@ func (c *Client) Exec(ctx context.Context, req guestproto.ExecRequest, streams E
 func (c *Client) exec(ctx context.Context, req guestproto.ExecRequest, streams ExecIO) (guestproto.ExecReply, error) {
 	var none guestproto.ExecReply
 	req.Action, req.Stream, req.Stdin = guestproto.ActionExec, true, streams.Stdin != nil
+	req.Version = max(req.Version, userVersion(req.User))
 	timeout, err := execTimeout(req.TimeoutSeconds)
 	if err != nil {
 		return none, err

@@ -11,7 +11,7 @@ import (
 
 // OpenShell starts a shell on a terminal in the guest.
 func (c *Client) OpenShell(ctx context.Context, req guestproto.OpenShell) (guestproto.Shell, error) {
-	req.Action = guestproto.ActionOpenShell
+	req.Action, req.Version = guestproto.ActionOpenShell, userVersion(req.User)
 	var r guestproto.Shell
 	if err := c.askShell(ctx, "opening a shell in the guest", req, &r, &r, req.ShellID); err != nil {
 		return guestproto.Shell{}, err
@@ -123,7 +123,7 @@ func checkShell(shell *guestproto.Shell, id string) error {
 // StartService starts a service and waits until it is ready, fails or the
 // request's ready time is over.
 func (c *Client) StartService(ctx context.Context, req guestproto.StartService) (guestproto.Service, error) {
-	req.Action = guestproto.ActionStartService
+	req.Action, req.Version = guestproto.ActionStartService, userVersion(req.User)
 	const doing = "starting a service in the guest"
 	ready, err := req.ReadyTimeout()
 	if err != nil {

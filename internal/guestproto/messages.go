@@ -65,6 +65,27 @@ type ExecRequest struct {
 	Stdin bool `json:"stdin,omitzero"`
 	// TTY runs the command on a terminal of this size (streaming form only).
 	TTY *Resize `json:"tty,omitzero"`
+	// User is who the command runs as, since protocol version 5:
+	// NAME-OR-NUMBER[:GROUP-OR-NUMBER], names as the guest's files have them; ""
+	// is the guest's root.
+	User string `json:"user,omitzero"`
+}
+
+// ActionOwnWorkspace gives the workspace to a user, since protocol version 5.
+const ActionOwnWorkspace = "own_workspace"
+
+// OwnWorkspace makes the directory /workspace, not what is in it, the user's.
+// What the guest agent makes in the workspace belongs to whom the workspace
+// belongs to.
+type OwnWorkspace struct {
+	Envelope
+	User string `json:"user"` // as in ExecRequest
+}
+
+// OwnWorkspaceReply answers OwnWorkspace with the user's ids.
+type OwnWorkspaceReply struct {
+	UID uint32 `json:"uid"`
+	GID uint32 `json:"gid"`
 }
 
 // ExecReply is the plain reply, and without the outputs the FrameResult.

@@ -8,7 +8,8 @@ package guestproto
 //	2  2026-11-22  flush, manifest, list_files, read_file, write_file, sync, export_files
 //	3  2026-11-22  shells and services
 //	4  2026-11-22  attach_network, dial_tcp, set_secrets
-const Version = 4
+//	5  2026-11-22  user of exec, open_shell and start_service, own_workspace
+const Version = 5
 
 // Port is the port on which the guest agent answers.
 const Port = 5005

@@ -112,6 +112,7 @@ type OpenShell struct {
 	Cols    uint16            `json:"cols,omitzero"`
 	Rows    uint16            `json:"rows,omitzero"`
 	Env     map[string]string `json:"env,omitzero"`
+	User    string            `json:"user,omitzero"` // as in ExecRequest
 }
 
 // ReadShell reads a shell's output from Cursor on, at most MaxChars characters
@@ -273,6 +274,7 @@ type StartService struct {
 	Env                 map[string]string `json:"env,omitzero"`
 	// Restart is "" for never, or RestartOnFailure.
 	Restart string `json:"restart,omitzero"`
+	User    string `json:"user,omitzero"` // as in ExecRequest
 }
 
 // ReadyTimeout returns how long the start may wait for readiness, ErrInvalid if

@@ -13,6 +13,7 @@ type execInput struct {
 	TimeoutSeconds float64           `json:"timeout_seconds,omitempty" default:"30" min:"0" max:"1000000000" jsonschema:"limit; 0 for none"`
 	Cwd            string            `json:"cwd,omitempty" default:"/workspace" maxlen:"4095" jsonschema:"directory to run it in"`
 	Env            map[string]string `json:"env,omitempty" jsonschema:"environment variables"`
+	User           string            `json:"user,omitempty" maxlen:"256" jsonschema:"who runs it, such as root or 1000:1000; the image's own user if left out"`
 	SecretEnv      map[string]string `json:"secret_env,omitempty" jsonschema:"secrets of the workspace as environment variables: secret name to variable name"`
 }
 
@@ -75,7 +76,7 @@ func execCommand(ctx context.Context, c *call, in execInput) (*execOutput, error
 	}
 	out := c.captures()
 	res, err := c.client.Exec(ctx, in.WorkspaceID, api.ExecRequest{
-		Argv: []string{in.Command}, Cwd: in.Cwd, Env: in.Env, SecretEnv: in.SecretEnv, Timeout: duration(in.TimeoutSeconds),
+		Argv: []string{in.Command}, Cwd: in.Cwd, Env: in.Env, User: in.User, SecretEnv: in.SecretEnv, Timeout: duration(in.TimeoutSeconds),
 		Stdout: out.stdout, Stderr: out.stderr,
 	})
 	if err != nil {

@@ -1,6 +1,7 @@
 package workspace
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -10,12 +11,14 @@ import (
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 	"github.com/pyro-mcp/pyro/internal/redact"
+	"github.com/pyro-mcp/pyro/internal/store"
 )
 
 // command is one command on its way through a guest.
 type command struct {
 	argv    []string // a single word is run by sh -c
 	env     map[string]string
+	user    string
 	cwd     string
 	timeout time.Duration
 	stdin   io.Reader
@@ -30,7 +33,7 @@ type command struct {
 // run returns when the command has ended. What it wrote is in the result where
 // nobody else took it.
 func (c *command) run(ctx context.Context, client *guestclient.Client) (*api.ExecResult, error) {
-	ex := guestproto.ExecRequest{Argv: c.argv, Env: c.env, Cwd: c.cwd, TimeoutSeconds: c.timeout.Seconds(), Stdin: c.stdin != nil}
+	ex := guestproto.ExecRequest{Argv: c.argv, Env: c.env, Cwd: c.cwd, User: c.user, TimeoutSeconds: c.timeout.Seconds(), Stdin: c.stdin != nil}
 	if len(c.argv) == 1 {
 		ex.Argv, ex.Command = nil, c.argv[0]
 	}
@@ -92,4 +95,24 @@ func resizes(in <-chan api.TerminalSize) (out <-chan guestproto.Resize, stop fun
 		}
 	}()
 	return ch, func() { close(done) }
+}
+
+// refuseUser refuses to take a user where commands run as whoever calls pyro.
+func refuseUser(isolation api.Isolation, user string) error {
+	if user == "" || isolation != api.IsolationNone {
+		return nil
+	}
+	return api.WithHint(api.Errorf(api.ErrUnsupported, "commands on this host run as you, not as %q", user),
+		"leave --user out, or take an engine that isolates")
+}
+
+// userOf returns who a command in a workspace runs as: who was asked for, else
+// the workspace's own.
+func userOf(ws *store.Workspace, given string) (string, error) {
+	if given != "" {
+		if err := api.CheckUser(given); err != nil {
+			return "", err
+		}
+	}
+	return cmp.Or(given, ws.Image.User), refuseUser(ws.Isolation, given)
 }

@@ -1,6 +1,7 @@
 package workspace
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,6 +37,9 @@ func (m *Manager) CreateWorkspace(ctx context.Context, req api.CreateRequest) (_
 		Engine: req.Engine, Require: req.Require, AllowHostCompat: req.AllowHostCompat,
 	})
 	if err != nil {
+		return nil, err
+	}
+	if err := refuseUser(candidate.Isolation, req.User); err != nil {
 		return nil, err
 	}
 	if _, err := m.environments.Inspect(ctx, req.Environment); err != nil {
@@ -116,6 +120,11 @@ func (m *Manager) fillCreate(r *api.CreateRequest) error {
 	}
 	if err := checkSecrets(r.Secrets); err != nil {
 		return err
+	}
+	if r.User != "" {
+		if err := api.CheckUser(r.User); err != nil {
+			return err
+		}
 	}
 	switch r.NetworkPolicy {
 	case "":
@@ -239,16 +248,20 @@ func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Sourc
 	defer image.Close()
 	defer sd.Close()
 	failpoint.Hit("create/gathered")
+	seedIsLayer := c.SeedLayer
 	err = h.update(ctx, func(ws *store.Workspace) error {
 		if image != nil {
 			ws.EnvironmentDigest, ws.Image = image.Digest, image.Config
+			ws.Image.User = cmp.Or(req.User, ws.Image.User)
 			if ws.DiskMiB == 0 {
 				ws.DiskMiB = image.DiskMiB
 			}
 		}
 		if sd != nil {
 			ws.WorkspaceSeed, ws.SeedDigest = sd.Info, sd.Digest
-			if c.SeedLayer {
+			// Only the guest can say what its user's name means: it makes the
+			// files of one that is not root.
+			if seedIsLayer = c.SeedLayer && ws.Image.RunsAsRoot(); seedIsLayer {
 				ws.Layers = []string{seedLayer(sd.Digest)}
 			}
 		}
@@ -258,19 +271,23 @@ func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Sourc
 		return err
 	}
 	failpoint.Hit("create/described")
-	p, err := h.startMachine(ctx, c, h.diskOf(h.Workspace), req.Progress)
+	d := h.diskOf(h.Workspace)
+	if !h.Image.RunsAsRoot() {
+		d.owner = h.Image.User
+	}
+	p, err := h.startMachine(ctx, c, d, req.Progress)
 	if err != nil {
 		return err
 	}
 	defer p.Release()
 	failpoint.Hit("create/booted")
-	if sd != nil && !c.SeedLayer {
+	if sd != nil && !seedIsLayer {
 		if err := upload(ctx, p, sd, req.Progress); err != nil {
 			return explain(ctx, p, err)
 		}
 	}
 	failpoint.Hit("create/seeded")
-	if err := h.baseline(ctx, p, sd, c); err != nil {
+	if err := h.baseline(ctx, p, sd != nil && !seedIsLayer || d.owner != ""); err != nil {
 		return err
 	}
 	failpoint.Hit("create/baseline")
@@ -358,9 +375,10 @@ func (m *meter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// baseline makes the snapshot that a reset goes back to. Where the seed is a
-// layer, or there is none, what lies below the workspace's own layer is that.
-func (h *held) baseline(ctx context.Context, p *supervisor.Process, sd *seed.Seed, c engine.Candidate) error {
+// baseline makes the snapshot that a reset goes back to. Unless something was
+// written since the machine came up, what lies below the workspace's own layer
+// is that.
+func (h *held) baseline(ctx context.Context, p *supervisor.Process, written bool) error {
 	st, err := h.m.store(ctx)
 	if err != nil {
 		return err
@@ -373,7 +391,7 @@ func (h *held) baseline(ctx context.Context, p *supervisor.Process, sd *seed.See
 		snap.Chain, snap.Layer = f.chain, f.layer
 		return st.PutSnapshot(ctx, h.WorkspaceID, snap)
 	}
-	if sd == nil || c.SeedLayer {
+	if !written {
 		return keep(frozen{chain: h.Layers})
 	}
 	err = h.freeze(ctx, "", func(ctx context.Context, spare, _ string) (string, error) { return p.SnapshotDisk(ctx, spare) }, keep)

@@ -28,6 +28,7 @@ type detachedRequest struct {
 	Argv      []string          `json:"argv"`
 	Cwd       string            `json:"cwd"`
 	Env       map[string]string `json:"env"`
+	User      string            `json:"user,omitzero"`
 	SecretEnv map[string]string `json:"secret_env"`
 	Timeout   time.Duration     `json:"timeout"`
 }
@@ -56,7 +57,7 @@ func (m *Manager) StartExec(ctx context.Context, ref string, req api.ExecRequest
 	}
 	in, err := json.Marshal(detachedRequest{
 		StateDir: m.state.Path(), CacheDir: m.cacheDir, Workspace: ws.WorkspaceID,
-		Argv: req.Argv, Cwd: req.Cwd, Env: req.Env, SecretEnv: req.SecretEnv, Timeout: req.Timeout,
+		Argv: req.Argv, Cwd: req.Cwd, Env: req.Env, User: req.User, SecretEnv: req.SecretEnv, Timeout: req.Timeout,
 	})
 	if err != nil {
 		return nil, err
@@ -110,7 +111,7 @@ func MainDetached(ctx context.Context, in io.Reader, out *os.File) error {
 	defer m.Close()
 	began := false
 	_, err = m.Exec(ctx, req.Workspace, api.ExecRequest{
-		Argv: req.Argv, Cwd: req.Cwd, Env: req.Env, SecretEnv: req.SecretEnv, Timeout: req.Timeout, Stdout: io.Discard, Stderr: io.Discard,
+		Argv: req.Argv, Cwd: req.Cwd, Env: req.Env, User: req.User, SecretEnv: req.SecretEnv, Timeout: req.Timeout, Stdout: io.Discard, Stderr: io.Discard,
 		Started: func(sequence int64) {
 			began = true
 			answer(detachedReply{Sequence: sequence})

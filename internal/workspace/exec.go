@@ -61,6 +61,10 @@ func (m *Manager) Exec(ctx context.Context, ref string, req api.ExecRequest) (*a
 	if err != nil {
 		return nil, err
 	}
+	user, err := userOf(ws, req.User)
+	if err != nil {
+		return nil, err
+	}
 	env, set, err := m.environ(ws, req.Env, req.SecretEnv)
 	if err != nil {
 		return nil, err
@@ -81,7 +85,7 @@ func (m *Manager) Exec(ctx context.Context, ref string, req api.ExecRequest) (*a
 	}
 	failpoint.Hit("exec/recorded")
 	dir := m.state.Workspace(ws.WorkspaceID)
-	c := command{argv: req.Argv, env: env, redact: set, cwd: req.Cwd, timeout: max(req.Timeout, 0), stdin: req.Stdin, tty: req.TTY, resize: req.Resize,
+	c := command{argv: req.Argv, env: env, redact: set, user: user, cwd: req.Cwd, timeout: max(req.Timeout, 0), stdin: req.Stdin, tty: req.TTY, resize: req.Resize,
 		stdout: recorder{to: req.Stdout, file: newJournalFile(dir, sequence, streamStdout)},
 		stderr: recorder{to: req.Stderr, file: newJournalFile(dir, sequence, streamStderr)}}
 	sup, client := m.guest(ws)

@@ -42,6 +42,7 @@ type disk struct {
 	chain  []string // lowest first
 	active string
 	memory string // of a machine that is to go on and not to boot; "" mostly
+	owner  string // whom /workspace is given to, on a disk that is new; "" for root
 }
 
 func (h *held) diskOf(ws *store.Workspace) disk {

@@ -40,7 +40,14 @@ func (h *held) startMachine(ctx context.Context, c engine.Candidate, d disk, pro
 		return nil, err
 	}
 	// Before anything of the user's runs.
-	if err := h.m.deliverSecrets(ctx, h.Workspace, guestclient.New(p.DialGuest, guestclient.Options{Patience: patience(p.Status.TimeScale)})); err != nil {
+	client := guestclient.New(p.DialGuest, guestclient.Options{Patience: patience(p.Status.TimeScale)})
+	if d.owner != "" {
+		err = client.OwnWorkspace(ctx, d.owner)
+	}
+	if err == nil {
+		err = h.m.deliverSecrets(ctx, h.Workspace, client)
+	}
+	if err != nil {
 		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopLimit)
 		defer cancel()
 		return nil, errors.Join(err, p.Shutdown(end))

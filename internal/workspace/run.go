@@ -30,6 +30,9 @@ func (m *Manager) Run(ctx context.Context, req api.RunRequest) (_ *api.ExecResul
 	if err != nil {
 		return nil, err
 	}
+	if err := refuseUser(candidate.Isolation, req.User); err != nil {
+		return nil, err
+	}
 	if _, err := m.environments.Inspect(ctx, req.Environment); err != nil {
 		return nil, err
 	}
@@ -50,8 +53,8 @@ func (m *Manager) Run(ctx context.Context, req api.RunRequest) (_ *api.ExecResul
 		req.Progress(api.Progress{Phase: "note", Message: note})
 	}
 	req.Progress(api.Progress{Phase: "ready", Message: fmt.Sprintf("guest ready in %.1f s", float64(p.Status.BootMS)/1000)})
-	req.Env = image.Environ(req.Env)
-	res, err := runCommand(ctx, p, req, image.WorkingDir)
+	image.User = cmp.Or(req.User, image.User)
+	res, err := runCommand(ctx, p, req, image)
 	if err != nil {
 		return nil, explain(ctx, p, err)
 	}
@@ -71,6 +74,11 @@ func fill(r *api.RunRequest, defaultEngine string) error {
 	size := machineSize{&r.VCPUCount, &r.MemMiB, &r.DiskMiB}
 	if err := size.fill(); err != nil {
 		return err
+	}
+	if r.User != "" {
+		if err := api.CheckUser(r.User); err != nil {
+			return err
+		}
 	}
 	switch r.NetworkPolicy {
 	case "":
@@ -95,10 +103,16 @@ func fill(r *api.RunRequest, defaultEngine string) error {
 	return nil
 }
 
-// runCommand runs the request's command on a machine that is up.
-func runCommand(ctx context.Context, p *supervisor.Process, req api.RunRequest, cwd string) (*api.ExecResult, error) {
+// runCommand runs the request's command on a machine that is up, as its image
+// says.
+func runCommand(ctx context.Context, p *supervisor.Process, req api.RunRequest, image api.ImageConfig) (*api.ExecResult, error) {
 	client := guestclient.New(p.DialGuest, guestclient.Options{Patience: patience(p.Status.TimeScale)})
-	c := command{argv: req.Argv, env: req.Env, cwd: cwd, timeout: req.Timeout, stdin: req.Stdin,
+	if !image.RunsAsRoot() {
+		if err := client.OwnWorkspace(ctx, image.User); err != nil {
+			return nil, err
+		}
+	}
+	c := command{argv: req.Argv, env: image.Environ(req.Env), user: image.User, cwd: image.WorkingDir, timeout: req.Timeout, stdin: req.Stdin,
 		stdout: recorder{to: req.Stdout}, stderr: recorder{to: req.Stderr}}
 	return c.run(ctx, client)
 }

@@ -47,12 +47,16 @@ func (m *Manager) StartService(ctx context.Context, ref, name string, req api.St
 		return nil, api.WithHint(api.Errorf(api.ErrDenied, "workspace %s has the network policy %s, which publishes no ports", label(ws), ws.NetworkPolicy),
 			"create it with --network-policy %s", api.NetworkEgressPublishing)
 	}
+	user, err := userOf(ws, req.User)
+	if err != nil {
+		return nil, err
+	}
 	env, set, err := m.environ(ws, req.Env, req.SecretEnv)
 	if err != nil {
 		return nil, err
 	}
 	start := guestproto.StartService{
-		ServiceName: name, Command: commandText(req.Argv), Cwd: cmp.Or(req.Cwd, api.WorkspacePath), Env: env, Restart: req.Restart,
+		ServiceName: name, Command: commandText(req.Argv), Cwd: cmp.Or(req.Cwd, api.WorkspacePath), Env: env, User: user, Restart: req.Restart,
 		ReadyTimeoutSeconds: req.ReadyTimeout.Seconds(), ReadyIntervalMS: req.ReadyInterval.Milliseconds(),
 	}
 	if len(req.Argv) > 1 {

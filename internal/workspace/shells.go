@@ -45,12 +45,16 @@ func optionalTime(seconds *float64) *time.Time {
 // OpenShell starts an interactive session in a running workspace.
 func (m *Manager) OpenShell(ctx context.Context, ref string, req api.OpenShellRequest) (*api.Shell, error) {
 	return inGuest(ctx, m, ref, func(ws *store.Workspace, c *guestclient.Client) (*api.Shell, error) {
+		user, err := userOf(ws, req.User)
+		if err != nil {
+			return nil, err
+		}
 		env, _, err := m.environ(ws, req.Env, req.SecretEnv)
 		if err != nil {
 			return nil, err
 		}
 		s, err := c.OpenShell(ctx, guestproto.OpenShell{
-			ShellID: newID(), Cwd: cmp.Or(req.Cwd, api.WorkspacePath), Cols: req.Size.Cols, Rows: req.Size.Rows, Env: env,
+			ShellID: newID(), Cwd: cmp.Or(req.Cwd, api.WorkspacePath), Cols: req.Size.Cols, Rows: req.Size.Rows, Env: env, User: user,
 		})
 		if err != nil {
 			return nil, err

@@ -1,10 +1,9 @@
 package oci
 
 import (
+	"fmt"
 	"path"
-	"strconv"
 	"strings"
-	"unicode"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -17,10 +16,7 @@ const (
 	maxStrings     = 1000
 	maxStringBytes = 32 << 10
 	maxListBytes   = 128 << 10
-	maxUser        = 256
 	maxPath        = 4096
-	// maxID is the largest user id; one more means "no id" to the kernel.
-	maxID = 1<<32 - 2
 )
 
 // checkConfig takes over an image's settings, or says why not.
@@ -45,8 +41,10 @@ func checkConfig(c v1.Config) (api.ImageConfig, error) {
 		return out, err
 	}
 	out.Env = env
-	if err := checkUser(c.User); err != nil {
-		return out, err
+	if c.User != "" {
+		if err := api.CheckUser(c.User); err != nil {
+			return out, fmt.Errorf("the image's user: %w", err)
+		}
 	}
 	out.User = c.User
 	if c.WorkingDir != "" {
@@ -100,22 +98,4 @@ func variables(env []string) ([]string, error) {
 		}
 	}
 	return out, nil
-}
-
-// checkUser checks the form of NAME-OR-NUMBER[:NAME-OR-NUMBER].
-func checkUser(user string) error {
-	if len(user) > maxUser || strings.ContainsFunc(user, func(r rune) bool { return unicode.IsControl(r) || unicode.IsSpace(r) }) {
-		return api.Errorf(api.ErrInvalid, "the image's user %.60q is longer than %d bytes or has blanks in it", user, maxUser)
-	}
-	for _, part := range strings.Split(user, ":") {
-		digits := strings.TrimLeft(part, "+-")
-		if digits == "" || strings.Trim(digits, "0123456789") != "" {
-			continue
-		}
-		// A number that does not fit must not become another one, such as 0.
-		if id, err := strconv.ParseUint(part, 10, 64); err != nil || id > maxID {
-			return api.Errorf(api.ErrInvalid, "the image's user %.60q is no user id, the largest is %d", user, int64(maxID))
-		}
-	}
-	return nil
 }

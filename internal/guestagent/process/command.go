@@ -36,6 +36,10 @@ type Spec struct {
 	Files [3]*os.File
 	// Terminal says that Files[0] is a terminal, to become the controlling one.
 	Terminal bool
+	// Credential is who the command runs as; nil for this process's own. Pipes
+	// and terminals of Files are given to that user, who may then open them by
+	// name too, as /dev/stdout.
+	Credential *syscall.Credential
 }
 
 // A Command is one running command with everything it started.
@@ -48,7 +52,7 @@ type Command struct {
 // exist is fs.ErrNotExist, one that cannot be executed fs.ErrPermission or
 // syscall.ENOEXEC: shells call them 127 and 126.
 func (r *Runner) Start(spec Spec) (*Command, error) {
-	path, err := lookPath(spec.Argv[0], spec.Dir, spec.Env)
+	path, err := lookPath(spec.Argv[0], spec)
 	if err != nil {
 		return nil, err
 	}
@@ -59,7 +63,12 @@ func (r *Runner) Start(spec Spec) (*Command, error) {
 	attr := &syscall.ProcAttr{
 		Dir: spec.Dir,
 		Env: slices.Clone(spec.Env),
-		Sys: &syscall.SysProcAttr{Setsid: true},
+		Sys: &syscall.SysProcAttr{Setsid: true, Credential: spec.Credential},
+	}
+	if spec.Credential != nil {
+		for _, f := range spec.Files {
+			giveAway(f, int(spec.Credential.Uid))
+		}
 	}
 	for _, f := range spec.Files {
 		attr.Files = append(attr.Files, f.Fd())
@@ -140,16 +149,60 @@ func newID() (string, error) {
 	return hex.EncodeToString(b[:]), nil
 }
 
-// lookPath finds the program as execvp(3) would in dir with this environment.
-func lookPath(name, dir string, env []string) (string, error) {
+// giveAway makes a pipe or a terminal the user's. Where that cannot be, as for
+// some of gVisor's, the user can still read and write what it was given open.
+func giveAway(f *os.File, uid int) {
+	if fi, err := f.Stat(); err == nil && (fi.Mode()&fs.ModeNamedPipe != 0 || isTerminal(f)) {
+		_ = f.Chown(uid, -1)
+	}
+}
+
+func isTerminal(f *os.File) bool {
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
+}
+
+// MayEnter reports whether a user may enter dir, an absolute path, as far as
+// the permission bits say. cred may be nil.
+func MayEnter(dir string, cred *syscall.Credential) bool {
+	for at := dir; ; at = filepath.Dir(at) {
+		fi, err := os.Stat(at)
+		if err == nil && !allowed(fi, cred) {
+			return false
+		}
+		if at == "/" || at == "." {
+			return true
+		}
+	}
+}
+
+// allowed reports whether a user may enter the directory, or execute the file,
+// that fi describes. A nil user and root may.
+func allowed(fi fs.FileInfo, cred *syscall.Credential) bool {
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if cred == nil || cred.Uid == 0 || !ok {
+		return true
+	}
+	bit := fs.FileMode(0o001)
+	switch {
+	case st.Uid == cred.Uid:
+		bit = 0o100
+	case st.Gid == cred.Gid || slices.Contains(cred.Groups, st.Gid):
+		bit = 0o010
+	}
+	return fi.Mode()&bit != 0
+}
+
+// lookPath finds the program name as execvp(3) would for this command.
+func lookPath(name string, spec Spec) (string, error) {
 	if name == "" {
 		return "", &os.PathError{Op: "exec", Path: name, Err: fs.ErrNotExist}
 	}
 	if strings.Contains(name, "/") {
-		return name, checkProgram(name, dir)
+		return name, checkProgram(name, spec)
 	}
 	var path string
-	for _, v := range env { // the last one counts
+	for _, v := range spec.Env { // the last one counts
 		if value, ok := strings.CutPrefix(v, "PATH="); ok {
 			path = value
 		}
@@ -160,7 +213,7 @@ func lookPath(name, dir string, env []string) (string, error) {
 			d = "."
 		}
 		p := d + "/" + name
-		err := checkProgram(p, dir)
+		err := checkProgram(p, spec)
 		if err == nil {
 			return p, nil
 		}
@@ -171,10 +224,10 @@ func lookPath(name, dir string, env []string) (string, error) {
 	return "", found
 }
 
-func checkProgram(path, dir string) error {
+func checkProgram(path string, spec Spec) error {
 	full := path
 	if !filepath.IsAbs(full) {
-		full = filepath.Join(dir, full)
+		full = filepath.Join(spec.Dir, full)
 	}
 	fi, err := os.Stat(full)
 	switch {
@@ -187,7 +240,7 @@ func checkProgram(path, dir string) error {
 			err = pe.Err
 		}
 		return &os.PathError{Op: "exec", Path: path, Err: err}
-	case fi.IsDir():
+	case fi.IsDir(), !allowed(fi, spec.Credential):
 		return &os.PathError{Op: "exec", Path: path, Err: syscall.EACCES}
 	}
 	if err := unix.Access(full, unix.X_OK); err != nil {

@@ -37,7 +37,7 @@ func reap() int {
 		return 1
 	}
 	run := func(argv ...string) int {
-		path, err := lookPath(argv[0], "/", os.Environ())
+		path, err := lookPath(argv[0], Spec{Dir: "/", Env: os.Environ()})
 		if err != nil {
 			fmt.Println(err)
 			return -1
