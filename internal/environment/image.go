@@ -145,9 +145,11 @@ func defaultName(ref oci.Reference) string {
 	return name
 }
 
-// validName is what docker's references are made of. 80 is the limit of package
-// artifact.
-var validName = regexp.MustCompile(`^[A-Za-z0-9\[][A-Za-z0-9\[\]._:/@+-]{0,79}$`)
+// validName is what docker's references are made of. maxName is the limit of
+// package artifact.
+var validName = regexp.MustCompile(`^[A-Za-z0-9\[][A-Za-z0-9\[\]._:/@+-]*$`)
+
+const maxName = 80
 
 // useImage holds the installed environment that name means. By an image's
 // reference it is pulled first if it is not there; by a name it has to be
@@ -226,7 +228,7 @@ func (s *Store) pullImage(ctx context.Context, given, alias string, progress fun
 
 // checkName reports whether i's name can be given to it.
 func (s *Store) checkName(i pulledImage) error {
-	if !validName.MatchString(strings.TrimPrefix(i.name, "docker://")) || strings.Contains(i.name, "..") {
+	if name := strings.TrimPrefix(i.name, "docker://"); len(name) > maxName || !validName.MatchString(name) || strings.Contains(i.name, "..") {
 		return api.WithHint(api.Errorf(api.ErrInvalid, "an environment cannot be called %.100q", i.name),
 			"give it a name of up to 80 letters, digits and ._:/@+- with --name")
 	}

@@ -84,8 +84,17 @@ func New(f *os.File, opts Options) (*Writer, error) {
 		nextInode: firstFreeInode,
 		buf:       make([]byte, 1<<20),
 	}
-	if err := f.Truncate(0); err != nil {
+	// Only where there is something: a file that has been emptied is flushed when
+	// it is closed (ext4, auto_da_alloc), which an image that lives for one
+	// command need never be.
+	st, err := f.Stat()
+	if err != nil {
 		return nil, err
+	}
+	if st.Size() > 0 {
+		if err := f.Truncate(0); err != nil {
+			return nil, err
+		}
 	}
 	if err := f.Truncate(int64(w.layout.blocks()) * blockSize); err != nil {
 		return nil, err

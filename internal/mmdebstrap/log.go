@@ -117,33 +117,33 @@ func (l *log) report(p api.Progress) {
 // causes are failures that people can do something about, told by what the
 // tools say. The first that fits is taken: a full disk makes downloads fail too.
 var causes = []struct {
-	says  *regexp.Regexp
+	says  string // a regular expression
 	class error
 	text  string
 	hint  string
 }{
 	{
-		regexp.MustCompile(`(?i)no space left on device|don't have enough free space|disk quota exceeded`),
+		`(?i)no space left on device|don't have enough free space|disk quota exceeded`,
 		api.ErrExhausted, "the disk is full",
 		"free some space there, or set TMPDIR to a directory on a larger disk",
 	},
 	{
-		regexp.MustCompile(`(?i)no_pubkey|is not signed|keyring`),
+		`(?i)no_pubkey|is not signed|keyring`,
 		api.ErrDenied, "Debian's signatures cannot be checked",
 		"run apt-get install debian-archive-keyring as root",
 	},
 	{
-		regexp.MustCompile(`(?i)subuid|subgid|newuidmap|newgidmap|unprivileged_userns|unshare\(\) failed|unprivileged user`),
+		`(?i)subuid|subgid|newuidmap|newgidmap|unprivileged_userns|unshare\(\) failed|unprivileged user`,
 		api.ErrUnavailable, "user namespaces are not usable for this user",
 		"install the package uidmap and give the user a range in /etc/subuid and /etc/subgid (usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER), or run as root",
 	},
 	{
-		regexp.MustCompile(`(?i)failed resolving|failure resolving|could not resolve|could not connect|unable to connect|cannot initiate the connection|network is unreachable|connection (failed|refused|timed out|reset)|failed to fetch|no route to host`),
+		`(?i)failed resolving|failure resolving|could not resolve|could not connect|unable to connect|cannot initiate the connection|network is unreachable|connection (failed|refused|timed out|reset)|failed to fetch|no route to host`,
 		api.ErrUnavailable, "Debian's packages cannot be downloaded",
 		"check the network (http_proxy is honoured) and try again: what was downloaded is kept",
 	},
 	{
-		regexp.MustCompile(`(?i)permission denied|operation not permitted`),
+		`(?i)permission denied|operation not permitted`,
 		api.ErrDenied, "mmdebstrap was not allowed to do its work",
 		"set TMPDIR to a directory that other users can pass through and that is mounted without noexec, nodev and nosuid",
 	},
@@ -155,7 +155,7 @@ func (l *log) explain(err error) error {
 	said := l.problems()
 	all := strings.Join(said, "\n")
 	for _, c := range causes {
-		if m := c.says.FindStringIndex(all); m != nil {
+		if m := regexp.MustCompile(c.says).FindStringIndex(all); m != nil {
 			line := lineAt(all, m[0])
 			return api.WithHint(api.Errorf(c.class, "%s: %s", c.text, line), "%s", c.hint)
 		}

@@ -7,6 +7,7 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
+	"github.com/pyro-mcp/pyro/internal/statedir"
 )
 
 // protocol is the version of Config and result. Both sides are the same binary
@@ -103,4 +104,14 @@ type record struct {
 	// Processes are the machine's own.
 	Processes []hostproc.Identity `json:"processes,omitempty"`
 	Ephemeral bool                `json:"ephemeral"`
+}
+
+// write puts the record in its place. One of an ephemeral machine does not wait
+// for the disk: after a crash of the host none of its processes run, and its
+// directory goes whatever the record says.
+func (r record) write(dir statedir.Machine) error {
+	if r.Ephemeral {
+		return statedir.WriteVolatileJSON(dir.RecordFile(), r)
+	}
+	return statedir.WriteJSON(dir.RecordFile(), r)
 }

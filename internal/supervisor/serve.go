@@ -287,7 +287,8 @@ func (s *supervisor) start(ctx context.Context, engines []engine.Engine) error {
 
 func (s *supervisor) boot(ctx context.Context, eng engine.Engine, notes []string) error {
 	began := time.Now()
-	caps := eng.Probe(ctx)
+	probed := make(chan engine.Capabilities, 1)
+	go func() { probed <- eng.Probe(ctx) }()
 	spec := s.cfg.Spec
 	spec.Console, spec.Logger = s.console, s.log
 	if err := os.MkdirAll(spec.Dir, 0o700); err != nil {
@@ -312,6 +313,7 @@ func (s *supervisor) boot(ctx context.Context, eng engine.Engine, notes []string
 			}
 		}
 	}
+	caps := <-probed
 	hello, err := s.firstAnswer(ctx, m, caps)
 	failpoint.Hit("supervise/answered")
 	if err != nil {
@@ -565,7 +567,7 @@ func (s *supervisor) writeRecord(m engine.Machine) {
 			rec.Processes = append(rec.Processes, id)
 		}
 	}
-	if err := statedir.WriteJSON(s.dir.RecordFile(), rec); err != nil {
+	if err := rec.write(s.dir); err != nil {
 		s.log.Error("writing the machine's record", "error", err)
 	}
 }

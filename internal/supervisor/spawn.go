@@ -92,7 +92,7 @@ func Spawn(ctx context.Context, o SpawnOptions) (_ *Process, err error) {
 	}
 	failpoint.Hit("spawn/locked")
 	rec := record{ID: dir.ID(), Engine: o.Config.Engine, CreatedAt: time.Now().UTC(), Ephemeral: o.Config.Ephemeral}
-	if err := statedir.WriteJSON(dir.RecordFile(), rec); err != nil {
+	if err := rec.write(dir); err != nil {
 		return nil, err
 	}
 	failpoint.Hit("spawn/recorded")

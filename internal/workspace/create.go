@@ -70,11 +70,14 @@ func (m *Manager) CreateWorkspace(ctx context.Context, req api.CreateRequest) (_
 	return &ws, nil
 }
 
-// validName is a name that no shell and no path needs quotes for.
-var validName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
+// validName is a name that no shell and no path needs quotes for, if it has no
+// more than maxName bytes.
+var validName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*$`)
+
+const maxName = 63
 
 func checkName(name string) error {
-	if !validName.MatchString(name) {
+	if len(name) > maxName || !validName.MatchString(name) {
 		return api.WithHint(api.Errorf(api.ErrInvalid, "a workspace cannot be called %q", name),
 			"use up to 63 letters, digits, dots, dashes and underscores, beginning with a letter or digit")
 	}

@@ -32,8 +32,12 @@ const (
 	maxSecretBytes = 64 << 10
 )
 
-// validVariable is what a shell can use as a variable's name.
-var validVariable = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]{0,63}$`)
+// validVariable reports whether a shell can use s as a variable's name.
+func validVariable(s string) bool { return len(s) <= maxVariable && variablePattern.MatchString(s) }
+
+var variablePattern = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
+const maxVariable = 64
 
 // checkSecrets refuses secrets that could not be kept secret.
 func checkSecrets(secrets []api.Secret) error {
@@ -43,7 +47,7 @@ func checkSecrets(secrets []api.Secret) error {
 	seen := map[string]bool{}
 	for _, s := range secrets {
 		switch {
-		case !validVariable.MatchString(s.Name):
+		case !validVariable(s.Name):
 			return api.WithHint(api.Errorf(api.ErrInvalid, "a secret cannot be called %q", s.Name), "use letters, digits and underscores, such as API_TOKEN")
 		case seen[s.Name]:
 			return api.Errorf(api.ErrInvalid, "there are two secrets called %s", s.Name)
@@ -200,7 +204,7 @@ func (m *Manager) environ(ws *store.Workspace, env, secretEnv map[string]string)
 			return nil, nil, api.WithHint(api.Errorf(api.ErrNotFound, "workspace %s has no secret %q", label(ws), name),
 				"its secrets are given when it is created: %s", cmp.Or(secretNames(ws), "none were"))
 		}
-		if !validVariable.MatchString(variable) || dangerous(variable) {
+		if !validVariable(variable) || dangerous(variable) {
 			return nil, nil, api.WithHint(api.Errorf(api.ErrInvalid, "secret %s cannot be put into the variable %q", name, variable), "choose another variable: --secret-env %s=VARIABLE", name)
 		}
 		full[variable] = value

@@ -298,6 +298,23 @@ func (l *limits) outOfMemory() bool {
 	return false
 }
 
+// processes returns the pids of the processes in the group; of all processes
+// where there is no group.
+func (l *limits) processes() []string {
+	if l == nil {
+		return allProcesses()
+	}
+	for _, dir := range l.dirs {
+		return groupProcesses(dir) // they all hold the same
+	}
+	return nil
+}
+
+func groupProcesses(dir string) []string {
+	b, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	return strings.Fields(string(b))
+}
+
 // kill kills every process in the group.
 func (l *limits) kill() {
 	if l != nil {
@@ -333,9 +350,8 @@ func killCgroup(name string) {
 	for range 100 {
 		found := false
 		for _, dir := range cgroupDirs(name) {
-			b, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
-			for _, line := range strings.Fields(string(b)) {
-				pid, err := strconv.Atoi(line)
+			for _, p := range groupProcesses(dir) {
+				pid, err := strconv.Atoi(p)
 				if err != nil || pid <= 1 || pid == os.Getpid() {
 					continue
 				}

@@ -9,17 +9,13 @@ import (
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 )
 
-// childrenOf returns the live children of a process: for runsc run the sandbox
-// and its file server. The processes that make up the guest are the sandbox's
-// own children and end with it.
-func childrenOf(pid int) []hostproc.Identity {
+// childrenOf returns those of the processes that are live children of the first:
+// for runsc run the sandbox and its file server. The processes that make up the
+// guest are the sandbox's own children and end with it.
+func childrenOf(pid int, processes []string) []hostproc.Identity {
 	var out []hostproc.Identity
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		return nil
-	}
-	for _, e := range entries {
-		child, err := strconv.Atoi(e.Name())
+	for _, p := range processes {
+		child, err := strconv.Atoi(p)
 		if err != nil || parentOf(child) != pid {
 			continue
 		}
@@ -28,6 +24,17 @@ func childrenOf(pid int) []hostproc.Identity {
 		}
 	}
 	return out
+}
+
+// allProcesses are the names in /proc, among them the pid of every process.
+func allProcesses() []string {
+	d, err := os.Open("/proc")
+	if err != nil {
+		return nil
+	}
+	defer d.Close()
+	names, _ := d.Readdirnames(-1)
+	return names
 }
 
 // parentOf returns a process's parent by proc_pid_stat(5), 0 if it is gone.

@@ -71,8 +71,10 @@ func (e *Engine) runtime(ctx context.Context) (runsc, error) {
 func (e *Engine) Reap() { sweepCgroups() }
 
 // validID is what runsc accepts as a container's id and what is safe in the
-// name of a cgroup.
-var validID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$`)
+// name of a cgroup, up to maxID bytes.
+var validID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_-]*$`)
+
+const maxID = 64
 
 // Start implements engine.Engine.
 func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (engine.Machine, error) {
@@ -84,8 +86,8 @@ func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (engine.Mac
 }
 
 func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine, err error) {
-	if !validID.MatchString(spec.ID) {
-		return nil, api.Errorf(api.ErrInvalid, "machine id %q is not up to 64 letters, digits, - and _", spec.ID)
+	if len(spec.ID) > maxID || !validID.MatchString(spec.ID) {
+		return nil, api.Errorf(api.ErrInvalid, "machine id %q is not up to %d letters, digits, - and _", spec.ID, maxID)
 	}
 	rt, err := e.runtime(ctx)
 	if err != nil {

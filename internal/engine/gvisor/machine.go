@@ -124,7 +124,7 @@ func (m *machine) children() []hostproc.Identity {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if len(m.pids) < 2 { // not both known yet
-		if now := childrenOf(m.run.Process.Pid); len(now) > len(m.pids) {
+		if now := childrenOf(m.run.Process.Pid, m.limits.processes()); len(now) > len(m.pids) {
 			m.pids = now
 		}
 	}
