@@ -241,14 +241,17 @@ func (c *Client) Fork(ctx context.Context, ref string, req api.ForkRequest) (*ap
 	return c.m.Fork(ctx, ref, req)
 }
 
-// Pause takes the processor away from a running workspace; its memory stays.
-func (c *Client) Pause(ctx context.Context, ref string) (*api.Workspace, error) {
-	return c.m.Pause(ctx, ref)
+// Pause takes the processor away from a running workspace, and with ToDisk its
+// memory too: then whatever needs the guest wakes it. One that is paused is a
+// success.
+func (c *Client) Pause(ctx context.Context, ref string, req api.PauseRequest) (*api.Workspace, error) {
+	return c.m.Pause(ctx, ref, req)
 }
 
-// Resume lets a paused workspace go on.
-func (c *Client) Resume(ctx context.Context, ref string) (*api.Workspace, error) {
-	return c.m.Resume(ctx, ref)
+// Resume lets a paused workspace go on. progress, which may be nil, hears what
+// takes time. One that runs is a success.
+func (c *Client) Resume(ctx context.Context, ref string, progress func(api.Progress)) (*api.Workspace, error) {
+	return c.m.Resume(ctx, ref, progress)
 }
 
 // Prepare gets an environment and proves on a workspace that it throws away that

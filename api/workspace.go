@@ -8,7 +8,8 @@ import (
 // WorkspaceState is what a workspace is doing.
 type WorkspaceState string
 
-// The states. Only the machine of a started or paused workspace runs.
+// The states. Only the machine of a started or paused workspace runs; of one
+// that is paused to disk nothing does.
 const (
 	StateStarting WorkspaceState = "starting"
 	StateStarted  WorkspaceState = "started"
@@ -33,19 +34,21 @@ const BaselineSnapshot = "baseline"
 
 // Workspace is everything about one workspace that is not its files.
 type Workspace struct {
-	WorkspaceID   string            `json:"workspace_id"`
-	Name          *string           `json:"name"`
-	Labels        map[string]string `json:"labels"`
-	Environment   string            `json:"environment"`
-	State         WorkspaceState    `json:"state"`
-	Engine        string            `json:"engine"`
-	Isolation     Isolation         `json:"isolation"`
-	ExecutionMode string            `json:"execution_mode"`
-	VCPUCount     int               `json:"vcpu_count"`
-	MemMiB        int               `json:"mem_mib"`
-	DiskMiB       int               `json:"disk_mib"`
-	NetworkPolicy string            `json:"network_policy"`
-	CreatedAt     time.Time         `json:"created_at"`
+	WorkspaceID string            `json:"workspace_id"`
+	Name        *string           `json:"name"`
+	Labels      map[string]string `json:"labels"`
+	Environment string            `json:"environment"`
+	State       WorkspaceState    `json:"state"`
+	// PausedToDisk says of a paused workspace that its memory is on the disk.
+	PausedToDisk  bool      `json:"paused_to_disk"`
+	Engine        string    `json:"engine"`
+	Isolation     Isolation `json:"isolation"`
+	ExecutionMode string    `json:"execution_mode"`
+	VCPUCount     int       `json:"vcpu_count"`
+	MemMiB        int       `json:"mem_mib"`
+	DiskMiB       int       `json:"disk_mib"`
+	NetworkPolicy string    `json:"network_policy"`
+	CreatedAt     time.Time `json:"created_at"`
 	// ExpiresAt is when the workspace deletes itself; nil for never.
 	ExpiresAt           *time.Time    `json:"expires_at"`
 	LastActivityAt      time.Time     `json:"last_activity_at"`
@@ -127,6 +130,12 @@ type CreateRequest struct {
 	// Progress is told what happens; may be nil. It may be called from several
 	// goroutines, one at a time.
 	Progress func(Progress)
+}
+
+// PauseRequest asks for a workspace that stands still.
+type PauseRequest struct {
+	// ToDisk frees the memory, too, where the engine can.
+	ToDisk bool
 }
 
 // ForkRequest asks for new workspaces that begin with another one's disk.

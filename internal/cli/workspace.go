@@ -193,13 +193,21 @@ func (a *app) noteSkipped(skipped []api.SkippedEntry, count int64) {
 	}
 }
 
+// stateText is a workspace's state for people.
+func stateText(ws *api.Workspace) string {
+	if ws.PausedToDisk {
+		return "paused to disk"
+	}
+	return string(ws.State)
+}
+
 // printWorkspace prints one workspace for people.
 func (a *app) printWorkspace(ws *api.Workspace) error {
 	rows := [][2]string{{"workspace", ws.WorkspaceID}}
 	if ws.Name != nil {
 		rows = append(rows, [2]string{"name", *ws.Name})
 	}
-	rows = append(rows, [2]string{"state", string(ws.State)})
+	rows = append(rows, [2]string{"state", stateText(ws)})
 	if ws.LastError != nil {
 		rows = append(rows, [2]string{"last error", *ws.LastError})
 	}
@@ -340,7 +348,7 @@ func runList(ctx context.Context, a *app, c *pyro.Client, labels map[string]stri
 		if ws.Name != nil {
 			name = *ws.Name
 		}
-		rows[i] = []string{ws.WorkspaceID, name, string(ws.State), ws.Environment, ws.Engine, fmt.Sprint(ws.CommandCount), when(ws.LastActivityAt), expiryText(ws.ExpiresAt)}
+		rows[i] = []string{ws.WorkspaceID, name, stateText(&ws), ws.Environment, ws.Engine, fmt.Sprint(ws.CommandCount), when(ws.LastActivityAt), expiryText(ws.ExpiresAt)}
 	}
 	return a.table([]string{"ID", "NAME", "STATE", "ENVIRONMENT", "ENGINE", "COMMANDS", "ACTIVITY", "EXPIRES"}, rows)
 }

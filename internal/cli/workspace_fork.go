@@ -76,26 +76,38 @@ snapshot with memory, and else does not run.`,
 }
 
 func newPauseCmd(a *app) *cobra.Command {
-	return a.oneWorkspace(&cobra.Command{
-		Use: "pause", Short: "Take the processor away from a workspace",
-		Long: `Pause halts everything in the workspace and keeps it in memory, until resume. To
-free the memory too, stop it: its files are kept.`,
+	var req api.PauseRequest
+	cmd := a.oneWorkspace(&cobra.Command{
+		Use: "pause", Short: "Take the processor away from a workspace, or its memory too",
+		Long: `Pause halts everything in the workspace and keeps it in memory, until resume.
+
+With --to-disk it is kept in a file, and the memory is free as well. The next
+command that needs the guest wakes the workspace by itself: exec, file, patch,
+diff, export, shell, service. Processes, shells and services then go on where
+they were, and connections to the outside are broken.`,
+		Example: "  pyro workspace pause fix --to-disk\n  pyro workspace exec fix -- make test    # wakes it",
 	}, func(ctx context.Context, c *pyro.Client, ref string) error {
-		ws, err := c.Pause(ctx, ref)
+		ws, err := c.Pause(ctx, ref, req)
 		if err != nil {
 			return err
 		}
 		return a.showWorkspace(ws)
 	})
+	cmd.Flags().BoolVar(&req.ToDisk, "to-disk", false, "free the memory, too (engine qemu)")
+	return cmd
 }
 
 func newResumeCmd(a *app) *cobra.Command {
-	return a.oneWorkspace(&cobra.Command{Use: "resume", Short: "Let a paused workspace go on"},
+	cmd := a.oneWorkspace(&cobra.Command{Use: "resume", Short: "Let a paused workspace go on"},
 		func(ctx context.Context, c *pyro.Client, ref string) error {
-			ws, err := c.Resume(ctx, ref)
+			progress := a.newProgress()
+			ws, err := c.Resume(ctx, ref, progress.show)
+			progress.clear()
 			if err != nil {
 				return err
 			}
 			return a.showWorkspace(ws)
 		})
+	cmd.Flags().BoolVar(&a.quiet, "quiet", false, "no progress on stderr")
+	return cmd
 }

@@ -86,6 +86,9 @@ type MachineSpec struct {
 	// what makes up the machine (see Warmer) and the size of its disk are what
 	// they were. The file is believed: the caller has kept it from others.
 	Memory string
+	// Continues says of a machine with a Memory that it takes the place of the
+	// one that was saved, which is gone: it is no copy and keeps its ids.
+	Continues bool
 	// Kernel is used by engines that boot one.
 	Kernel Kernel
 	// AgentPath is the pyro-agent binary for the guest.

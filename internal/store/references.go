@@ -29,7 +29,7 @@ func (s *Store) References(ctx context.Context) (*References, error) {
 			if err != nil {
 				return err
 			}
-			add(r.Layers, w.ActiveLayer, w.PendingLayer, w.PendingMemory)
+			add(r.Layers, w.ActiveLayer, w.PendingLayer, w.Memory, w.PendingMemory)
 			add(r.Layers, w.Layers...)
 			add(r.Seeds, w.SeedDigest)
 			add(r.Environments, w.EnvironmentDigest)

@@ -33,6 +33,11 @@ type Workspace struct {
 	PendingLayer  string   `json:"pending_layer"`
 	PendingMemory string   `json:"pending_memory,omitempty"`
 	Layers        []string `json:"layers"`
+	// Memory is what a workspace that is paused to disk goes on from, with the
+	// highest of Layers as its disk and nothing at ActiveLayer yet, and
+	// MemoryDigest its digest; "" for all others. It is a file name.
+	Memory       string `json:"memory,omitempty"`
+	MemoryDigest string `json:"memory_digest,omitempty"`
 	// TTL is the time to live that was asked for, negative for none.
 	TTL time.Duration `json:"ttl_ns"`
 	// ExpiresBoot is the expiry by CLOCK_BOOTTIME, in nanoseconds, which no

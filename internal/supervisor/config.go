@@ -61,6 +61,9 @@ type Ending struct {
 	// live was over.
 	Requested bool `json:"requested"`
 	Expired   bool `json:"expired"`
+	// Frozen is the path of the layer that the disk of a machine that was put to
+	// sleep is; "" for all other ends. See [Client.Sleep].
+	Frozen string `json:"frozen,omitempty"`
 	// Console are the last lines of a guest that ended by itself.
 	Console []string `json:"console,omitempty"`
 }

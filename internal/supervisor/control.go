@@ -43,6 +43,8 @@ type snapshotRequest struct {
 	Spare string `json:"spare"`
 	// Memory, if set, is where the memory is saved too.
 	Memory string `json:"memory,omitempty"`
+	// Sleep ends the machine with that.
+	Sleep bool `json:"sleep,omitempty"`
 }
 
 // snapshotReply answers it.
@@ -51,7 +53,8 @@ type snapshotReply struct {
 	Error  *api.WireError `json:"error,omitempty"`
 }
 
-func (s *supervisor) handler() http.Handler {
+// handler answers the control API until ctx, the machine's life, ends.
+func (s *supervisor) handler(ctx context.Context) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+pathStatus, func(w http.ResponseWriter, _ *http.Request) {
 		s.mu.Lock()
@@ -93,7 +96,7 @@ func (s *supervisor) handler() http.Handler {
 		if !readJSON(w, r, &req) {
 			return
 		}
-		frozen, err := s.snapshot(r.Context(), req.Spare, req.Memory)
+		frozen, err := s.snapshot(ctx, req)
 		writeJSON(w, http.StatusOK, snapshotReply{Frozen: frozen, Error: api.ToWire(err)})
 	})
 	mux.HandleFunc("GET "+pathDisk, func(w http.ResponseWriter, _ *http.Request) {
@@ -252,8 +255,20 @@ func (c *Client) SnapshotDisk(ctx context.Context, spare string) (frozen string,
 // Snapshot is SnapshotDisk that, unless memory is "", also saves the machine's
 // memory at that path, by the contract of engine.FullSnapshotter.
 func (c *Client) Snapshot(ctx context.Context, spare, memory string) (frozen string, err error) {
+	return c.snapshot(ctx, snapshotRequest{Spare: spare, Memory: memory})
+}
+
+// Sleep is a Snapshot with the memory that ends the machine: what runs in it gets
+// no further, and its last run's Ending says which layer its disk is. It returns
+// when the supervisor is ending, too. On an error the machine goes on.
+func (c *Client) Sleep(ctx context.Context, spare, memory string) error {
+	_, err := c.snapshot(ctx, snapshotRequest{Spare: spare, Memory: memory, Sleep: true})
+	return err
+}
+
+func (c *Client) snapshot(ctx context.Context, req snapshotRequest) (frozen string, err error) {
 	var reply snapshotReply
-	if err := c.call(ctx, http.MethodPost, pathSnapshot, snapshotRequest{Spare: spare, Memory: memory}, &reply); err != nil {
+	if err := c.call(ctx, http.MethodPost, pathSnapshot, req, &reply); err != nil {
 		return "", err
 	}
 	return reply.Frozen, reply.Error.Err()

@@ -47,6 +47,9 @@ type egress struct {
 	attached atomic.Bool
 	mu       sync.Mutex
 	err      error // why it is not attached
+	// stop takes the network away; done is closed when it is gone.
+	stop context.CancelFunc
+	done chan struct{}
 }
 
 func (e *egress) status(policy string) *NetworkStatus {
@@ -96,7 +99,8 @@ func (s *supervisor) startNetwork(ctx context.Context) error {
 	// The buffers of the guest's connections come on top of what this process
 	// holds otherwise.
 	debug.SetMemoryLimit(networkMemory)
-	e := &egress{gateway: gateway}
+	ctx, cancel := context.WithCancel(ctx)
+	e := &egress{gateway: gateway, stop: cancel, done: make(chan struct{})}
 	attach := func() (*guestclient.Stream, error) {
 		ctx, cancel := context.WithTimeout(ctx, bootTimeout*time.Duration(scale))
 		defer cancel()
@@ -106,6 +110,7 @@ func (s *supervisor) startNetwork(ctx context.Context) error {
 	}
 	stream, err := attach()
 	if err != nil {
+		defer cancel()
 		gateway.Close()
 		return causeOf(ctx, err)
 	}
@@ -113,10 +118,25 @@ func (s *supervisor) startNetwork(ctx context.Context) error {
 	s.egress = e
 	s.mu.Unlock()
 	go func() {
+		defer cancel()
+		defer close(e.done)
 		defer gateway.Close()
 		s.holdNetwork(ctx, e, stream, attach)
 	}()
 	return nil
+}
+
+// stopNetwork takes the guest's network away, if it has one. It returns when
+// nothing passes any more.
+func (s *supervisor) stopNetwork() {
+	s.mu.Lock()
+	e := s.egress
+	s.egress = nil
+	s.mu.Unlock()
+	if e != nil {
+		e.stop()
+		<-e.done
+	}
 }
 
 // holdNetwork serves the guest's network and attaches it again whenever it

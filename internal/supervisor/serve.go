@@ -433,7 +433,7 @@ func (s *supervisor) serve(ctx context.Context) {
 		return
 	}
 	server := &http.Server{
-		Handler:           s.handler(),
+		Handler:           s.handler(ctx),
 		ReadHeaderTimeout: 5 * time.Second,
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
@@ -501,8 +501,10 @@ func (s *supervisor) end(cause error) {
 	s.published.end()
 	if m != nil {
 		grace := time.Duration(0)
-		// Nothing on an ephemeral disk is worth the time a clean power-off takes.
-		if !s.cfg.Ephemeral {
+		// Nothing on an ephemeral disk is worth the time a clean power-off takes,
+		// and nothing that one asleep has done since.
+		var asleep sleepError
+		if !s.cfg.Ephemeral && !errors.As(cause, &asleep) {
 			grace = stopGrace * time.Duration(scale)
 			s.powerOff(m, grace)
 		}
@@ -530,6 +532,10 @@ func (s *supervisor) end(cause error) {
 func (s *supervisor) writeEnding(cause error) {
 	e := Ending{At: time.Now().UTC(), Requested: errors.Is(cause, errStopped), Expired: errors.Is(cause, errExpired)}
 	var ended endedError
+	var asleep sleepError
+	if errors.As(cause, &asleep) {
+		e.Requested, e.Frozen = true, string(asleep)
+	}
 	switch {
 	case errors.As(cause, &ended):
 		e.Reason, e.Console = string(ended), lastWords(s.console.Tail(50))

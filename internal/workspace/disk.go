@@ -78,7 +78,7 @@ func (m *Manager) stoppedDisk(ctx context.Context, ref string) (_ *held, _ *work
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	if h.State != api.StateStopped {
+	if h.State != api.StateStopped && !h.PausedToDisk {
 		h.release()
 		return nil, nil, nil, api.WithHint(api.Errorf(api.ErrState, "workspace %s must be stopped before its disk is inspected; it is %s", label(h.Workspace), h.State),
 			"pyro workspace stop %s, or use pyro workspace file", refOf(h.Workspace))

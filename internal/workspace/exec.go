@@ -175,8 +175,12 @@ func (m *Manager) whyBroken(ctx context.Context, ws *store.Workspace, sup *super
 	if storeErr != nil {
 		return err
 	}
-	if now, getErr := st.Get(ctx, ws.WorkspaceID); errors.Is(getErr, api.ErrNotFound) || getErr == nil && now.Intent == intentDelete {
+	now, getErr := st.Get(ctx, ws.WorkspaceID)
+	if errors.Is(getErr, api.ErrNotFound) || getErr == nil && now.Intent == intentDelete {
 		return api.Errorf(api.ErrState, "workspace %s was deleted meanwhile", label(ws))
+	}
+	if ending != nil && ending.Frozen != "" {
+		return api.WithHint(api.Errorf(api.ErrUnavailable, "workspace %s was paused to disk meanwhile", label(ws)), "try again: that wakes it")
 	}
 	text := fmt.Sprintf("workspace %s stopped meanwhile", label(ws))
 	if how := howEnded(dir); how != "" {

@@ -127,7 +127,8 @@ func (h *held) child(from *store.Snapshot, req api.ForkRequest, i int) *store.Wo
 	ws.WorkspaceID, ws.State, ws.Intent = newID(), api.StateStarting, intentCreate
 	ws.CreatedAt, ws.LastActivityAt, ws.LastResetAt, ws.LastError = now, now, nil, nil
 	ws.CommandCount, ws.ResetCount, ws.ServiceCount, ws.RunningServiceCount = 0, 0, 0, 0
-	ws.HistoryStart, ws.LastCommand, ws.LastEvent, ws.Published, ws.PendingLayer = 0, 0, 0, nil, ""
+	ws.HistoryStart, ws.LastCommand, ws.LastEvent, ws.Published = 0, 0, 0, nil
+	ws.PendingLayer, ws.PendingMemory, ws.Memory, ws.MemoryDigest, ws.PausedToDisk = "", "", "", "", false
 	ws.Labels = maps.Clone(h.Labels)
 	ws.Layers = slices.Clone(from.Chain)
 	if from.Layer != "" {

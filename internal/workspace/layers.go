@@ -43,6 +43,8 @@ type disk struct {
 	active string
 	memory string // of a machine that is to go on and not to boot; "" mostly
 	owner  string // whom /workspace is given to, on a disk that is new; "" for root
+	// continues is engine.MachineSpec.Continues.
+	continues bool
 }
 
 func (h *held) diskOf(ws *store.Workspace) disk {
@@ -131,7 +133,7 @@ func (m *Manager) collect(ctx context.Context) (removed []string, err error) {
 // That needs an engine that can, and a machine that does not run; else the
 // layers stay until the workspace is stopped, reset or deleted.
 func (h *held) compact(ctx context.Context) error {
-	if h.State == api.StateStopped {
+	if h.State == api.StateStopped || h.PausedToDisk {
 		if err := h.mergeLayers(ctx); err != nil {
 			return err
 		}

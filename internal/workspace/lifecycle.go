@@ -34,7 +34,7 @@ func (h *held) startMachine(ctx context.Context, c engine.Candidate, d disk, pro
 		ID: h.WorkspaceID, Environment: h.Environment, Digest: h.EnvironmentDigest,
 		VCPUCount: h.VCPUCount, MemMiB: h.MemMiB, DiskMiB: h.DiskMiB,
 		Disk: h.m.state.Layer(d.active), Layers: paths, Require: h.Require, TTL: timeLeft(h.Workspace), Network: h.NetworkPolicy,
-		Memory: h.m.memoryPath(d.memory), Hold: hold, Progress: progress,
+		Memory: h.m.memoryPath(d.memory), Continues: d.continues, Hold: hold, Progress: progress,
 	})
 	if err != nil {
 		return nil, err
@@ -71,8 +71,8 @@ func (m *Manager) candidate(ctx context.Context, ws *store.Workspace) (engine.Ca
 	return c, err
 }
 
-// StartWorkspace boots a stopped workspace from its disk. A workspace that runs
-// is a success.
+// StartWorkspace boots a stopped workspace from its disk, and wakes one that is
+// paused to disk. A workspace that runs is a success.
 func (m *Manager) StartWorkspace(ctx context.Context, ref string, progress func(api.Progress)) (*api.Workspace, error) {
 	h, err := m.hold(ctx, ref)
 	if err != nil {
@@ -85,6 +85,12 @@ func (m *Manager) StartWorkspace(ctx context.Context, ref string, progress func(
 		}
 	}
 	if h.State == api.StateStarted {
+		return &h.Workspace.Workspace, nil
+	}
+	if h.PausedToDisk {
+		if err := h.wake(ctx, orSilent(progress)); err != nil {
+			return nil, fmt.Errorf("waking workspace %s: %w", label(h.Workspace), err)
+		}
 		return &h.Workspace.Workspace, nil
 	}
 	if h.State != api.StateStopped {
@@ -174,7 +180,7 @@ func (m *Manager) StopWorkspace(ctx context.Context, ref string) (*api.Workspace
 		return nil, err
 	}
 	defer h.release()
-	if hasMachine(h.Workspace) {
+	if hasMachine(h.Workspace) || h.PausedToDisk {
 		if err := h.stop(ctx); err != nil {
 			return nil, fmt.Errorf("stopping workspace %s: %w", label(h.Workspace), err)
 		}
@@ -188,18 +194,21 @@ func (m *Manager) StopWorkspace(ctx context.Context, ref string) (*api.Workspace
 const stopLimit = 90 * time.Second
 
 // stop ends the machine, politely and then by force, and records it.
-func (h *held) stop(ctx context.Context) error {
-	end, cancel := context.WithTimeout(ctx, stopLimit)
-	defer cancel()
-	err := supervisor.NewClient(h.machine()).Stop(end)
-	failpoint.Hit("stop/asked")
-	if err == nil {
-		err = supervisor.WaitGone(end, h.machine())
+func (h *held) stop(ctx context.Context) (err error) {
+	forced := false
+	if hasMachine(h.Workspace) {
+		end, cancel := context.WithTimeout(ctx, stopLimit)
+		defer cancel()
+		err = supervisor.NewClient(h.machine()).Stop(end)
+		failpoint.Hit("stop/asked")
+		if err == nil {
+			err = supervisor.WaitGone(end, h.machine())
+		}
+		if ctx.Err() != nil {
+			return ctx.Err() // it goes on stopping; the next command will see how it ended
+		}
+		forced = err != nil
 	}
-	if ctx.Err() != nil {
-		return ctx.Err() // it goes on stopping; the next command will see how it ended
-	}
-	forced := err != nil
 	if forced {
 		h.m.log.Warn("killing a supervisor that does not end", "workspace", h.WorkspaceID, "error", err)
 	}

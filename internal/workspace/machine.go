@@ -27,6 +27,7 @@ type machineRequest struct {
 	Disk                       string   // engine.MachineSpec.Disk
 	Layers                     []string // engine.MachineSpec.Layers
 	Memory                     string   // engine.MachineSpec.Memory
+	Continues                  bool     // engine.MachineSpec.Continues
 	Require                    api.Require
 	TTL                        time.Duration // 0 for none
 	Network                    string        // policy; "" is off
@@ -82,7 +83,7 @@ func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req mach
 	dir := m.state.Machine(req.ID)
 	spec := engine.MachineSpec{
 		ID: req.ID, Dir: dir.EngineDir(), AgentPath: agent, Hostname: "pyro-" + req.ID, Ephemeral: req.Ephemeral,
-		VCPUCount: req.VCPUCount, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB, Disk: req.Disk, Layers: req.Layers, Memory: req.Memory,
+		VCPUCount: req.VCPUCount, MemMiB: req.MemMiB, DiskMiB: req.DiskMiB, Disk: req.Disk, Layers: req.Layers, Memory: req.Memory, Continues: req.Continues,
 		Templates: m.warmTemplates(),
 	}
 	image, kernel, err := m.fetch(ctx, c.Capabilities, req)

@@ -74,6 +74,12 @@ func (h *held) snapshot(ctx context.Context, req api.SnapshotRequest) (*api.Snap
 		}
 		return st.PutSnapshot(ctx, h.WorkspaceID, snap)
 	}
+	if h.PausedToDisk && engine.DiskFormat(h.DiskFormat) == engine.DiskDirectory {
+		// Only its machine can look into it.
+		if err := h.wake(ctx, orSilent(nil)); err != nil {
+			return nil, err
+		}
+	}
 	switch h.State {
 	case api.StateStarted:
 		_, client := h.m.guest(h.Workspace)
@@ -103,6 +109,17 @@ func (h *held) snapshot(ctx context.Context, req api.SnapshotRequest) (*api.Snap
 				"pyro workspace start %s", refOf(h.Workspace))
 		}
 		err = h.freezeStopped(ctx, keep)
+	case api.StatePaused:
+		if !h.PausedToDisk {
+			return nil, mustRun(h.Workspace)
+		}
+		// It is frozen, with its memory.
+		top := len(h.Layers) - 1
+		f := frozen{chain: h.Layers[:top:top], layer: h.Layers[top]}
+		if req.Memory {
+			f.memory = h.Memory
+		}
+		err = keep(f)
 	default:
 		err = mustRun(h.Workspace)
 	}

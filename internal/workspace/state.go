@@ -20,7 +20,7 @@ import (
 // transitions is every change of state that there is. A workspace begins in
 // starting, and in any state it can be deleted.
 var transitions = map[api.WorkspaceState][]api.WorkspaceState{
-	api.StateStarting: {api.StateStarted, api.StateStopped, api.StateFailed},
+	api.StateStarting: {api.StateStarted, api.StateStopped, api.StateFailed, api.StatePaused},
 	api.StateStarted:  {api.StateStopped, api.StatePaused, api.StateStarting},
 	api.StatePaused:   {api.StateStarted, api.StateStopped, api.StateStarting},
 	api.StateStopped:  {api.StateStarting},
@@ -34,6 +34,8 @@ const (
 	intentStart    = "start"
 	intentReset    = "reset"
 	intentSnapshot = "snapshot"
+	intentPause    = "pause" // to disk
+	intentWake     = "wake"
 	intentDelete   = "delete"
 )
 
@@ -47,6 +49,10 @@ func enter(ws *store.Workspace, to api.WorkspaceState) error {
 		// They live in the guest's memory.
 		ws.ServiceCount, ws.RunningServiceCount, ws.Published = 0, 0, nil
 	}
+	if to == api.StateStarted || to == api.StateStopped {
+		ws.Memory, ws.MemoryDigest = "", ""
+	}
+	ws.PausedToDisk = to == api.StatePaused && ws.Memory != ""
 	return nil
 }
 
@@ -153,7 +159,7 @@ func label(ws *store.Workspace) string {
 
 // hasMachine reports whether a machine belongs to the workspace's state.
 func hasMachine(ws *store.Workspace) bool {
-	return ws.State == api.StateStarted || ws.State == api.StatePaused
+	return ws.State == api.StateStarted || ws.State == api.StatePaused && !ws.PausedToDisk
 }
 
 // settled reports whether the record says nothing that a killed process may have
@@ -171,6 +177,12 @@ func (h *held) settle(ctx context.Context) error {
 	}
 	// The caller's patience must not leave this half done again.
 	ctx = context.WithoutCancel(ctx)
+	if h.Intent == intentPause {
+		if done, err := h.finishPause(ctx); done || err != nil {
+			return err
+		}
+		alive = supervisor.Alive(h.machine())
+	}
 	if h.Intent == intentDelete {
 		if err := h.destroy(ctx); err != nil {
 			return fmt.Errorf("finishing the deletion of workspace %s: %w", h.WorkspaceID, err)
@@ -182,6 +194,9 @@ func (h *held) settle(ctx context.Context) error {
 			return fmt.Errorf("clearing up after workspace %s: %w", label(h.Workspace), err)
 		}
 		alive = false
+	}
+	if h.State == api.StateStarting && h.Intent == intentWake {
+		return h.sleepOn(ctx)
 	}
 	adopted, err := h.settleLayer(ctx, alive)
 	if err != nil {
@@ -266,7 +281,7 @@ func (h *held) settleLayer(ctx context.Context, alive bool) (adopted bool, err e
 	}
 	spare := h.m.state.Layer(h.PendingLayer)
 	switch {
-	case h.Intent != intentSnapshot:
+	case h.Intent != intentSnapshot && h.Intent != intentPause:
 		// A reset's new disk: the old one is still the workspace's.
 	case alive:
 		// The supervisor may still be at it, and knows best when it is done.
@@ -335,9 +350,13 @@ func (m *Manager) find(ctx context.Context, ref string) (*store.Workspace, error
 	return m.look(ctx, ws)
 }
 
-// running is find for what needs a machine that runs.
+// running is find for what needs a machine that runs. One that is paused to disk
+// it wakes.
 func (m *Manager) running(ctx context.Context, ref string) (*store.Workspace, error) {
 	ws, err := m.find(ctx, ref)
+	if err == nil && ws.Memory != "" {
+		ws, err = m.wake(ctx, ws, nil)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -44,7 +44,10 @@ func (l *lab) check() {
 					l.Errorf("workspace %s is said to be started: %s", ws.WorkspaceID, res)
 				}
 			}
-		case api.StateStopped, api.StateFailed:
+		case api.StateStopped, api.StateFailed, api.StatePaused:
+			if ws.State == api.StatePaused && !ws.PausedToDisk {
+				l.Errorf("workspace %s is paused after a fault", ws.WorkspaceID)
+			}
 			if left := l.processesOfMachine(ws.WorkspaceID); len(left) > 0 {
 				l.Errorf("workspace %s is said to be %s, but there is: %s", ws.WorkspaceID, ws.State, strings.Join(left, "; "))
 			}

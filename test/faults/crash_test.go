@@ -25,6 +25,8 @@ type crash struct {
 	supervised bool
 	// unmade says that the workspace does not exist before.
 	unmade bool
+	// memory says that the engine must be able to save a machine's memory.
+	memory bool
 	// prepare brings the workspace "w", which has been created, to where args
 	// can run.
 	prepare func(l *lab)
@@ -127,6 +129,61 @@ var crashes = map[string]crash{
 			snapshotsWork(l)
 		},
 	},
+	"snapshot with memory": {
+		points: []string{"snapshot"}, memory: true,
+		prepare: firstSnapshot,
+		args:    func(*lab) []string { return []string{"workspace", "snapshot", "create", "w", "second", "--memory"} },
+		after:   snapshotsWork,
+	},
+	"snapshot with memory supervisor": {
+		points: []string{"supervise-snapshot"}, supervised: true, memory: true,
+		prepare: firstSnapshot,
+		args:    func(*lab) []string { return []string{"workspace", "snapshot", "create", "w", "second", "--memory"} },
+		after:   snapshotsWork,
+	},
+	"reset to a memory": {
+		points: []string{"reset", "spawn"}, memory: true,
+		prepare: func(l *lab) {
+			l.exec("w", "echo saved > /dev/shm/running")
+			l.ok("workspace", "snapshot", "create", "w", "full", "--memory")
+			l.exec("w", "echo more >> kept; sync")
+		},
+		args: func(*lab) []string { return []string{"workspace", "reset", "w", "--snapshot", "full"} },
+		after: func(l *lab) {
+			mustStart(l)
+			got := l.exec("w", "cat kept /dev/shm/running 2>/dev/null; true")
+			if got != "acknowledged\nmore\n" && got != "acknowledged\nmore\nsaved\n" && got != "acknowledged\n" && got != "acknowledged\nsaved\n" {
+				l.Errorf("a reset that was cut off left %q", got)
+			}
+			l.ok("workspace", "reset", "w", "--snapshot", "full")
+			if got := l.exec("w", "cat kept /dev/shm/running"); got != "acknowledged\nsaved\n" {
+				l.Errorf("a reset after it left %q", got)
+			}
+		},
+	},
+	"pause to disk": {
+		points: []string{"pause"}, memory: true,
+		prepare: markMemory,
+		args:    func(*lab) []string { return []string{"workspace", "pause", "w", "--to-disk"} },
+		after:   memoryKept,
+	},
+	"pause to disk supervisor": {
+		points: []string{"supervise-snapshot"}, supervised: true, memory: true,
+		args:  func(*lab) []string { return []string{"workspace", "pause", "w", "--to-disk"} },
+		after: kept,
+	},
+	"wake": {
+		points: []string{"wake", "spawn"}, memory: true,
+		prepare: fallAsleep,
+		args:    func(*lab) []string { return []string{"workspace", "exec", "w", "--", "true"} },
+		after:   memoryKept,
+	},
+	"wake supervisor": {
+		points: []string{"supervise"}, supervised: true, memory: true,
+		prepare: fallAsleep,
+		args:    func(*lab) []string { return []string{"workspace", "exec", "w", "--", "true"} },
+		after:   memoryKept,
+	},
 	"export": {
 		points: []string{"export"},
 		args: func(l *lab) []string {
@@ -212,7 +269,7 @@ var elsewhere = map[string][]string{
 
 // costly are the engines on which a boot takes seconds: they go through the
 // operations that change disks, the only ones that they do in another way.
-var costly = map[string]string{"qemu": "^(snapshot|supervise-snapshot|compact|snapshot-stopped|reset|stop)/"}
+var costly = map[string]string{"qemu": "^(snapshot|pause|wake|supervise-snapshot|compact|snapshot-stopped|reset|stop)/|^supervise/(running|reported)$"}
 
 // quick are the operations that every go test ./... goes through.
 var quick = []string{"create supervisor", "delete", "snapshot delete", "export", "exec", "expire"}
@@ -226,6 +283,9 @@ func TestCrash(t *testing.T) {
 			}
 			t.Parallel()
 			l := newLab(t)
+			if c.memory {
+				l.needMemory()
+			}
 			for _, point := range points {
 				if op, _, _ := strings.Cut(point, "/"); !slices.Contains(c.points, op) || slices.Contains(elsewhere[engineName()], point) {
 					continue
@@ -305,6 +365,22 @@ func kept(l *lab) {
 	mustStart(l)
 	if got := l.exec("w", "cat kept"); got != "acknowledged\n" {
 		l.Errorf("an acknowledged file holds %q", got)
+	}
+}
+
+// markMemory leaves something in the memory of the workspace.
+func markMemory(l *lab) { l.exec("w", "echo running > /dev/shm/running") }
+
+func fallAsleep(l *lab) {
+	markMemory(l)
+	l.ok("workspace", "pause", "w", "--to-disk")
+}
+
+// memoryKept is kept also for what markMemory left.
+func memoryKept(l *lab) {
+	l.Helper()
+	if got := l.exec("w", "cat kept /dev/shm/running"); got != "acknowledged\nrunning\n" {
+		l.Errorf("files and memory hold %q", got)
 	}
 }
 

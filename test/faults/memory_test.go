@@ -4,6 +4,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -108,5 +109,84 @@ func TestDamagedMemory(t *testing.T) {
 		l.Errorf("the mended snapshot holds %q", got)
 	}
 	l.ok("workspace", "delete", "w")
+	l.check()
+}
+
+// TestDamagedSleep wakes a workspace whose memory cannot be used any more: it
+// boots from its disk, and says what is lost.
+func TestDamagedSleep(t *testing.T) {
+	thoroughOnly(t)
+	l := newLab(t)
+	l.needMemory()
+	l.create("w")
+	l.exec("w", "echo acknowledged > kept; sync")
+	for what, damage := range map[string]func(path string){
+		"changed": l.flip,
+		"gone":    func(path string) { _ = os.Remove(path) },
+	} {
+		fallAsleep(l)
+		for _, path := range l.memories() {
+			damage(path)
+		}
+		if got := l.exec("w", "cat kept; ls /dev/shm"); got != "acknowledged\n" {
+			l.Errorf("%s: the workspace holds %q", what, got)
+		}
+		if ws := l.status("w"); ws.LastError == nil || !strings.Contains(*ws.LastError, "lost") {
+			l.Errorf("%s: nothing says that processes are lost: %+v", what, ws)
+		}
+		l.check()
+	}
+}
+
+// TestForgottenSleep leaves a sleeping workspace in every other way than waking
+// it. Its disk is always what it was.
+func TestForgottenSleep(t *testing.T) {
+	thoroughOnly(t)
+	l := newLab(t)
+	l.needMemory()
+	l.create("w")
+	l.exec("w", "echo acknowledged > kept; sync")
+	fallAsleep(l)
+	if ws := l.status("w"); ws.State != api.StatePaused || !ws.PausedToDisk {
+		t.Errorf("asleep: %+v", ws)
+	}
+	if left := l.processesOfMachine(l.status("w").WorkspaceID); len(left) > 0 {
+		t.Errorf("processes of a workspace that is paused to disk: %q", left)
+	}
+	// A fork from what sleeps, with and without its memory.
+	l.ok("workspace", "fork", "w", "--name", "disk")
+	l.ok("workspace", "fork", "w", "--name", "full", "--memory")
+	if got := l.exec("disk", "cat kept; ls /dev/shm"); got != "acknowledged\n" {
+		t.Errorf("a fork holds %q", got)
+	}
+	if got := l.exec("full", "cat kept /dev/shm/running"); got != "acknowledged\nrunning\n" {
+		t.Errorf("a fork with memory holds %q", got)
+	}
+	l.ok("workspace", "snapshot", "create", "w", "asleep", "--memory")
+	l.ok("workspace", "disk", "read", "w", "/workspace/kept")
+	if !l.status("w").PausedToDisk {
+		t.Error("something has woken it")
+	}
+	memoryKept(l)
+	l.ok("workspace", "pause", "w", "--to-disk")
+	l.ok("workspace", "stop", "w")
+	if ws := l.status("w"); ws.State != api.StateStopped || ws.LastError != nil {
+		t.Errorf("stopped: %+v", ws)
+	}
+	mustStart(l)
+	if got := l.exec("w", "cat kept; ls /dev/shm"); got != "acknowledged\n" {
+		t.Errorf("after stop: %q", got)
+	}
+	l.ok("workspace", "reset", "w", "--snapshot", "asleep")
+	memoryKept(l)
+	l.ok("workspace", "pause", "w", "--to-disk")
+	l.ok("workspace", "reset", "w")
+	if got := l.exec("w", "ls . /dev/shm"); strings.Contains(got, "kept") || strings.Contains(got, "running") {
+		t.Errorf("after reset: %q", got)
+	}
+	fallAsleep(l)
+	for _, name := range []string{"w", "disk", "full"} {
+		l.ok("workspace", "delete", name)
+	}
 	l.check()
 }

@@ -129,7 +129,7 @@ func (e *Engine) startSaved(ctx context.Context, spec engine.MachineSpec, accel 
 			"a full snapshot belongs to the QEMU, kernel and processor that it was taken with; its disk can be used with any")
 	}
 	go m.connect(channel, nil)
-	if err := m.goOn(ctx, true, spec.Hostname); err != nil {
+	if err := m.goOn(ctx, !spec.Continues, spec.Hostname); err != nil {
 		return nil, err
 	}
 	return m, nil
