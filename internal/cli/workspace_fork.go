@@ -66,7 +66,7 @@ snapshot with memory, and else does not run.`,
 	changed = func(flag string) bool { return cmd.Flags().Changed(flag) }
 	f := cmd.Flags()
 	f.StringVar(&o.req.Snapshot, "snapshot", "", "begin with this snapshot (default what the disk holds now)")
-	f.BoolVar(&o.req.Memory, "memory", false, "carry over what runs, too (engine qemu)")
+	f.BoolVar(&o.req.Memory, "memory", false, "carry over what runs, too (engines qemu and gvisor)")
 	f.IntVar(&o.req.Count, "count", 1, "how many to make")
 	f.StringVar(&o.req.Name, "name", "", "name of the new workspace; of several, -1 and so on is added")
 	f.Float64Var(&o.ttlSeconds, "ttl-seconds", 0, "time until they delete themselves; 0 for never (default the workspace's own)")

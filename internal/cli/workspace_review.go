@@ -136,7 +136,7 @@ saves what runs, too, where the engine can: a reset or a fork then goes on with 
 			return err
 		}),
 	}
-	cmd.Flags().BoolVar(&req.Memory, "memory", false, "save what runs, too (engine qemu)")
+	cmd.Flags().BoolVar(&req.Memory, "memory", false, "save what runs, too (engines qemu and gvisor)")
 	return cmd
 }
 

@@ -20,6 +20,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/internal/guestagent/boot"
 	"github.com/pyro-mcp/pyro/internal/guestagent/process"
+	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
 // memoryTarget is what the agent's own heap should stay below; the runtime
@@ -126,11 +127,13 @@ func runProcess(version string, o options, stderr io.Writer) error {
 		return fmt.Errorf("starting to collect processes: %w", err)
 	}
 	runner := &process.Runner{Reaper: reaper}
+	var resume func(guestproto.Resume) error
 	// The first process of a sandbox: a guest of its own, whose system lacks
 	// what a virtual machine gets at its boot.
 	sandbox := o.dial != "" && os.Getpid() == 1
 	if sandbox {
-		runner.Workload = workload(boot.PrepareSandbox(), logger)
+		runner.Workload = workload(boot.PrepareSandbox(filepath.Dir(strings.TrimPrefix(o.dial, "unix:"))), logger)
+		resume = boot.ResumeSandbox
 		if err := os.MkdirAll(defaultCwd, 0o755); err != nil {
 			logger.Warn("making the workspace", "err", err)
 		}
@@ -147,6 +150,7 @@ func runProcess(version string, o options, stderr io.Writer) error {
 		Logger:     logger,
 		InheritEnv: !sandbox,
 		OwnNetwork: sandbox,
+		Resume:     resume,
 		PowerOff:   end,
 	})
 	if err != nil {

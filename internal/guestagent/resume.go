@@ -21,7 +21,7 @@ func (q *request) resume(line []byte) error {
 	}
 	s := q.server
 	if s.Resume == nil {
-		return api.Errorf(api.ErrUnsupported, "this guest agent is no virtual machine's and leaves its system's clock alone")
+		return api.Errorf(api.ErrUnsupported, "this guest agent is an ordinary process and leaves its system alone")
 	}
 	if err := s.Resume(req); err != nil {
 		return api.Errorf(api.ErrUnavailable, "resuming: %w", err)
@@ -31,7 +31,7 @@ func (q *request) resume(line []byte) error {
 			return err
 		}
 	}
-	if w := s.Runner.Workload; w != nil {
+	if w := s.Runner.Workload; w != nil && w.CanFreeze() {
 		if err := w.Thaw(); err != nil {
 			return api.Errorf(api.ErrUnavailable, "resuming: %w", err)
 		}
@@ -45,7 +45,7 @@ const suspendTimeout = 10 * time.Second
 // suspend stops every command until resume.
 func (q *request) suspend(ctx context.Context) error {
 	s := q.server
-	if s.Resume == nil || s.Runner.Workload == nil {
+	if s.Resume == nil || s.Runner.Workload == nil || !s.Runner.Workload.CanFreeze() {
 		return api.Errorf(api.ErrUnsupported, "this guest agent cannot stop its commands")
 	}
 	ctx, cancel := context.WithTimeout(ctx, suspendTimeout)

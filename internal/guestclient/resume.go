@@ -2,10 +2,26 @@ package guestclient
 
 import (
 	"context"
+	"crypto/rand"
+	"time"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
+
+// NewResume returns what to tell a guest of that name that goes on now. Whether it
+// is a copy is the caller's to say.
+func NewResume(hostname string) (guestproto.Resume, error) {
+	r := guestproto.Resume{
+		Envelope: guestproto.Envelope{Action: guestproto.ActionResume},
+		Hostname: hostname, Entropy: make([]byte, 64),
+	}
+	if _, err := rand.Read(r.Entropy); err != nil {
+		return r, api.Errorf(api.ErrInternal, "drawing entropy for the guest: %w", err)
+	}
+	r.TimeNS = time.Now().UnixNano()
+	return r, nil
+}
 
 // Resume tells the guest that time has passed without it. When it returns, the
 // guest's clock is right and its random generator has a new key. An agent that

@@ -160,6 +160,13 @@ func (p *SplicedPipe) Detach(ctx context.Context) error {
 	}
 }
 
+// Attached reports whether there is a connection to write to.
+func (p *SplicedPipe) Attached() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.out != nil
+}
+
 // Detached is closed when the connection that the pipe was given last is not its
 // own any more.
 func (p *SplicedPipe) Detached() <-chan struct{} {

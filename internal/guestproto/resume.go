@@ -14,7 +14,8 @@ import (
 const ActionResume = "resume"
 
 // ActionSuspend asks a virtual machine's agent to stop every command where it
-// stands, so that none runs between a copy's begin and its Resume. It takes no
+// stands, so that none runs between a copy's begin and its Resume; a sandbox has
+// what it needs to be another from its host. It takes no
 // parameters; SuspendReply comes when all stand still. Only ActionResume lets
 // them go on.
 const ActionSuspend = "suspend"

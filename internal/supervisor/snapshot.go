@@ -30,7 +30,7 @@ func (s *supervisor) snapshot(ctx context.Context, req snapshotRequest) (frozen 
 	}
 	full, ok := m.(engine.FullSnapshotter)
 	if req.Memory != "" && !ok {
-		hint := "leave --memory out: the snapshot then holds the disk; or use --engine qemu"
+		hint := "leave --memory out: the snapshot then holds the disk; or use --engine qemu or gvisor"
 		if req.Sleep {
 			hint = "pause it without --to-disk, or stop it: its files are kept"
 		}

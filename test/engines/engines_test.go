@@ -42,10 +42,15 @@ func TestGVisor(t *testing.T) {
 	if os.Getenv("PYRO_TEST_ENGINE") != gvisor.Name {
 		t.Skip("runs with PYRO_TEST_ENGINE=gvisor")
 	}
+	enginetest.Run(t, gvisorSubject(t))
+}
+
+func gvisorSubject(t *testing.T) enginetest.Subject {
+	t.Helper()
 	e := gvisor.New(gvisor.Options{Runtime: filepath.Join(programs, "pyro-runsc")})
 	caps := e.Probe(t.Context())
 	testenv.Require(t, "gvisor", caps.Available, caps.Detail)
-	enginetest.Run(t, enginetest.Subject{Engine: e, Spec: bootable(t)})
+	return enginetest.Subject{Engine: e, Spec: bootable(t)}
 }
 
 func spec() engine.MachineSpec {

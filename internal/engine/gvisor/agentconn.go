@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -21,6 +22,21 @@ func newToken() string {
 	b := make([]byte, 16)
 	_, _ = rand.Read(b) // never fails, crypto/rand
 	return hex.EncodeToString(b)
+}
+
+// listen returns a listener on the guest agent's socket, made anew. It runs in the
+// namespace. Closing the listener leaves the socket's file: whoever does that sees
+// other mounts.
+func (s stage) listen() (net.Listener, error) {
+	if err := os.Remove(s.agentSocket()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("listening for the guest agent: %w", err)
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: s.agentSocket(), Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("listening for the guest agent: %w", err)
+	}
+	l.SetUnlinkOnClose(false)
+	return l, nil
 }
 
 // The bounds on what may connect before the guest agent has: it is the guest's

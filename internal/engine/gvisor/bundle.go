@@ -8,6 +8,8 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
 // Where the guest sees what comes from outside its disk. Both are below /run,
@@ -16,6 +18,28 @@ const (
 	guestAgentPath = "/run/pyro/agent"
 	guestSocketDir = "/run/pyro/host"
 )
+
+// hostIDs are the ids of a machine that its guest agent mounts over their usual
+// places. They come from here and not from the guest's memory, so that a copy of
+// that has its own before anything in it runs.
+type hostIDs struct {
+	Machine string `json:"machine_id"`
+	Boot    string `json:"boot_id"`
+}
+
+func newIDs() hostIDs {
+	return hostIDs{Machine: guestproto.NewMachineID(), Boot: guestproto.NewBootID()}
+}
+
+// writeIDs puts the ids beside the socket. It runs in the namespace.
+func (s stage) writeIDs(ids hostIDs) error {
+	for name, id := range map[string]string{guestproto.MachineIDFile: ids.Machine, guestproto.BootIDFile: ids.Boot} {
+		if err := os.WriteFile(filepath.Join(s.socket(), name), []byte(id), 0o444); err != nil {
+			return fmt.Errorf("giving the machine ids: %w", err)
+		}
+	}
+	return nil
+}
 
 // tokenVariable is the guest agent's environment variable for the word that it
 // must say first on its connection.

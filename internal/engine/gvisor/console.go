@@ -14,7 +14,11 @@ type console struct {
 	r    *os.File
 	done chan struct{}
 	once sync.Once
+	tail []byte // the end of what was printed, valid after done
 }
+
+// maxTail bounds a console's tail, in bytes.
+const maxTail = 32 << 10
 
 // newConsole returns a console and the end of its pipe for the child's stdout
 // and stderr, which the caller closes once the child has it.
@@ -32,6 +36,8 @@ func newConsole(to io.Writer) (*console, *os.File, error) {
 			if n > 0 && to != nil {
 				_, _ = to.Write(buf[:n])
 			}
+			c.tail = append(c.tail, buf[:n]...)
+			c.tail = c.tail[max(0, len(c.tail)-maxTail):]
 			if err != nil {
 				return
 			}
@@ -45,6 +51,12 @@ func newConsole(to io.Writer) (*console, *os.File, error) {
 func (c *console) close() {
 	<-c.done
 	c.once.Do(func() { c.r.Close() })
+}
+
+// lastWords returns the end of what was printed. It waits as close does.
+func (c *console) lastWords() []byte {
+	<-c.done
+	return c.tail
 }
 
 // cappedBuffer keeps the first max bytes and drops the rest.

@@ -22,7 +22,7 @@ import (
 const maxLayerDepth = 1024
 
 // snapshotTree copies the layer's directory.
-func (m *machine) snapshotTree(ctx context.Context, spare string) (err error) {
+func (m *machine) snapshotTree(ctx context.Context, spare string, hold holder) (err error) {
 	begin := time.Now()
 	tmp := spare + engine.UnfinishedSuffix
 	if err := os.RemoveAll(tmp); err != nil { // of somebody who was killed
@@ -47,7 +47,7 @@ func (m *machine) snapshotTree(ctx context.Context, spare string) (err error) {
 	}
 	defer from.Close()
 	c := &treeCopier{to: to, linked: map[uint64]string{}}
-	paused, err := m.held(ctx, func() error { return c.entry(ctx, from, to, UpperDir, UpperDir, 0) })
+	paused, err := hold(ctx, func() error { return c.entry(ctx, from, to, UpperDir, UpperDir, 0) })
 	if err != nil {
 		return err
 	}

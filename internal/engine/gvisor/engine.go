@@ -3,6 +3,7 @@ package gvisor
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -79,6 +80,11 @@ const maxID = 64
 // Start implements engine.Engine.
 func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (engine.Machine, error) {
 	m, err := e.start(ctx, spec)
+	if err == nil && spec.Memory != "" {
+		if err = m.resumed(ctx, spec); err != nil {
+			err = errors.Join(fmt.Errorf("going on from the saved memory: %w", err), m.Stop(context.WithoutCancel(ctx), 0))
+		}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("starting a gvisor sandbox: %w", err)
 	}
@@ -135,11 +141,15 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 	stopping, markStopping := context.WithCancel(context.Background())
 	m := &machine{
 		stopping: stopping, markStopping: markStopping,
-		runsc: rt, ns: ns, stage: stage(top), id: spec.ID, dir: spec.Dir, ephemeral: spec.Ephemeral, limits: lim,
+		runsc: rt, ns: ns, stage: stage(top), id: spec.ID, dir: spec.Dir, ephemeral: spec.Ephemeral, memMiB: spec.MemMiB, limits: lim,
 		parts: parts, ownDisk: spec.Disk == "", logger: spec.Logger,
 		attached: make(chan struct{}), ended: make(chan struct{}), gone: make(chan struct{}),
 	}
-	token := newToken()
+	token, how, image, err := m.beginning(spec)
+	if err != nil {
+		return nil, err
+	}
+	defer image.Close()
 	files, err := guestFiles()
 	if err != nil {
 		return nil, err
@@ -156,8 +166,11 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 		if err := bindFile(spec.AgentPath, m.stage.agent()); err != nil {
 			return fmt.Errorf("giving the guest agent to the sandbox: %w", err)
 		}
-		if listener, err = net.Listen("unix", m.stage.agentSocket()); err != nil {
-			return fmt.Errorf("listening for the guest agent: %w", err)
+		if listener, err = m.stage.listen(); err != nil {
+			return err
+		}
+		if err := m.stage.writeIDs(m.ids); err != nil {
+			return err
 		}
 		if err := m.stage.showSize(spec.MemMiB, spec.VCPUCount); err != nil {
 			return err
@@ -174,7 +187,11 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 		return nil, err
 	}
 	defer w.Close()
-	m.run = rt.command(m.stage, "run", "--bundle", m.stage.bundle(), "--pid-file", m.stage.pid(), m.id)
+	m.console = out
+	m.run = rt.command(m.stage, append(how, "--bundle", m.stage.bundle(), "--pid-file", m.stage.pid(), m.id)...)
+	if image != nil {
+		m.run.ExtraFiles = []*os.File{image}
+	}
 	m.run.Stdout, m.run.Stderr = w, w
 	// A session of its own: a Ctrl-C on our terminal is for us.
 	m.run.SysProcAttr = &unix.SysProcAttr{Setsid: true}
@@ -193,8 +210,29 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 		}
 		close(m.attached)
 	}()
-	go m.watch(out)
+	go m.watch()
 	return m, nil
+}
+
+// beginning returns the token that the guest agent will show first and how runsc
+// begins: with a new sandbox, or with a saved one, whose directory it needs as its
+// descriptor 3.
+func (m *machine) beginning(spec engine.MachineSpec) (token string, how []string, image *os.File, err error) {
+	m.ids = newIDs()
+	if spec.Memory == "" {
+		return newToken(), []string{"run"}, nil, nil
+	}
+	rec, err := m.runsc.readImageRecord(spec.Memory)
+	if err != nil {
+		return "", nil, nil, err
+	}
+	if spec.Continues {
+		m.ids = rec.IDs
+	}
+	if image, err = os.Open(spec.Memory); err != nil {
+		return "", nil, nil, fmt.Errorf("opening the saved memory: %w", err)
+	}
+	return rec.Token, []string{"restore", "--image-path=/proc/self/fd/3"}, image, nil
 }
 
 // parts are what a machine's root file system is made of besides its

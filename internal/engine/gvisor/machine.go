@@ -34,12 +34,15 @@ type machine struct {
 	id        string
 	dir       string
 	ephemeral bool
+	memMiB    int
+	ids       hostIDs
 	limits    *limits
 	parts     parts
 	ownDisk   bool // the disk lies in dir
 	logger    *slog.Logger
 
-	run *exec.Cmd // runsc run, in the foreground
+	run     *exec.Cmd // runsc run or restore, in the foreground
+	console *console
 
 	attached chan struct{} // closed when mux or attErr is set
 	mux      *guestconn.Mux
@@ -217,6 +220,12 @@ func (m *machine) setPaused(ctx context.Context, paused bool) error {
 	return m.setPausedLocked(ctx, paused)
 }
 
+func (m *machine) isPaused() bool {
+	m.pauseMu.Lock()
+	defer m.pauseMu.Unlock()
+	return m.paused
+}
+
 func (m *machine) setPausedLocked(ctx context.Context, paused bool) error {
 	if m.paused == paused {
 		return nil
@@ -239,12 +248,19 @@ func (m *machine) setPausedLocked(ctx context.Context, paused bool) error {
 
 // command runs a runsc command on the sandbox.
 func (m *machine) command(ctx context.Context, args ...string) error {
+	return m.commandWith(ctx, commandTimeout, nil, args...)
+}
+
+// commandWith runs a runsc command that may take up to limit and has files open,
+// from descriptor 3 on.
+func (m *machine) commandWith(ctx context.Context, limit time.Duration, files []*os.File, args ...string) error {
 	if m.isGone() {
 		return m.goneError()
 	}
-	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	cmd := m.runsc.command(m.stage, args...)
+	cmd.ExtraFiles = files
 	output := &cappedBuffer{max: 16 << 10}
 	cmd.Stdout, cmd.Stderr = output, output
 	cmd.WaitDelay = time.Second
@@ -264,7 +280,7 @@ func (m *machine) command(ctx context.Context, args ...string) error {
 
 // watch reaps runsc run and, when it has ended for whatever reason, everything
 // else of the machine. It runs in a goroutine of its own from Start on.
-func (m *machine) watch(console *console) {
+func (m *machine) watch() {
 	err := m.run.Wait()
 	close(m.ended)
 	m.detach()
@@ -277,7 +293,7 @@ func (m *machine) watch(console *console) {
 		}
 		cancel()
 	}
-	console.close()
+	m.console.close()
 	<-m.attached
 	if m.mux != nil {
 		m.mux.Close()

@@ -72,7 +72,8 @@ func TestWithoutRoot(t *testing.T) {
 		{"plainly", []string{filepath.Join(dir, "test"), "-test.v", "-test.run", "^TestOrdinaryUser$"}},
 		{"launched", append(slices.Clone(launch), filepath.Join(dir, "test"), "-test.v", "-test.run",
 			"^(TestGuest|TestDiskSurvivesStopAndStart|TestPause|TestManyAtOnce|TestOneDiskOneMachine|TestKillProcess|TestKillSupervisor|TestStartRefuses|"+
-				"TestSharedLayer|TestSeedLayer|TestEveryLayerCounts|TestSnapshotHasWhatWasFlushed|TestSnapshotOfPaused|TestSnapshotGivenUp|TestKillSupervisorFreezing)$")},
+				"TestSharedLayer|TestSeedLayer|TestEveryLayerCounts|TestSnapshotHasWhatWasFlushed|TestSnapshotOfPaused|TestSnapshotGivenUp|TestKillSupervisorFreezing|"+
+				"TestSaveWhileCommandsRun|TestSaveOpenFiles|TestSaveGivenUp|TestStartFromBadImage)$")},
 		{"suite", append(slices.Clone(launch), filepath.Join(dir, "test"), "-test.v", "-test.run",
 			"^TestSuite$/^(DiskElsewhere|SnapshotDisk|ManySnapshots|SnapshotWhileWriting|SnapshotRefused|SnapshotThenKilled|KilledWhileFreezing)$")},
 	} {

@@ -3,7 +3,12 @@ package gvisor
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"debug/buildinfo"
+	"debug/elf"
+	"fmt"
+	"io"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -103,6 +108,37 @@ func runtimeVersion(ctx context.Context, path string) (string, error) {
 	line, _, _ := bytes.Cut(out, []byte("\n"))
 	return strings.ToValidUTF8(string(line[:min(len(line), 200)]), "?"), nil
 }
+
+// identity tells builds of runsc apart: a sandbox that was saved by one can be
+// restored by no other. It is the id that the linker gave the program, or the
+// hash of a program that has none.
+func (r runsc) identity() (string, error) {
+	f, err := os.Open(r.path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	if program, err := elf.NewFile(f); err == nil {
+		for _, name := range []string{".note.go.buildid", ".note.gnu.build-id"} {
+			section := program.Section(name)
+			if section == nil || section.Size > maxNote {
+				continue
+			}
+			// The note's header, 12 bytes, and its owner, 4, come first: elf(5).
+			if note, err := section.Data(); err == nil && len(note) > 16 && strings.Trim(string(note[16:]), "\x00") != "redacted" {
+				return fmt.Sprintf("%s %q", r.version, note[16:]), nil
+			}
+		}
+	}
+	hash := sha256.New()
+	if _, err := io.Copy(hash, io.NewSectionReader(f, 0, math.MaxInt64)); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%s %x", r.version, hash.Sum(nil)), nil
+}
+
+// maxNote bounds what is read of a program's note, in bytes.
+const maxNote = 4 << 10
 
 // versionDates match the two forms of a gVisor version: a Go module's
 // v0.0.0-20260905035102-160fafc42237 and a release's release-20260601.0.

@@ -28,28 +28,45 @@ import (
 func (m *machine) SnapshotDisk(ctx context.Context, spare string) (frozen string, err error) {
 	m.snapshotMu.Lock()
 	defer m.snapshotMu.Unlock()
-	if err := m.running(); err != nil {
-		return "", err
+	if err := m.snapshot(ctx, spare, m.held); err != nil {
+		return "", fmt.Errorf("copying the machine's disk: %w", err)
 	}
-	if _, err := os.Lstat(spare); err == nil {
-		return "", api.Errorf(api.ErrExists, "there is something at %s already", spare)
+	return spare, nil
+}
+
+// A holder runs f while the sandbox is paused, and returns for how long it was:
+// see held.
+type holder func(ctx context.Context, f func() error) (time.Duration, error)
+
+// snapshot makes spare a copy of the disk as of while hold holds the sandbox.
+func (m *machine) snapshot(ctx context.Context, spare string, hold holder) error {
+	if err := m.running(); err != nil {
+		return err
+	}
+	if err := nothingAt(spare); err != nil {
+		return err
 	}
 	// Stop does not wait for a copy.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(m.stopping, cancel)()
+	var err error
 	if inUserNamespace() {
-		err = m.snapshotTree(ctx, spare)
+		err = m.snapshotTree(ctx, spare, hold)
 	} else {
-		err = m.snapshotImage(ctx, spare)
+		err = m.snapshotImage(ctx, spare, hold)
 	}
-	if err != nil {
-		if gone := m.running(); gone != nil { // which is why
-			err = gone
-		}
-		return "", fmt.Errorf("copying the machine's disk: %w", err)
+	if gone := m.running(); err != nil && gone != nil { // which is why
+		return gone
 	}
-	return spare, nil
+	return err
+}
+
+func nothingAt(path string) error {
+	if _, err := os.Lstat(path); err == nil {
+		return api.Errorf(api.ErrExists, "there is something at %s already", path)
+	}
+	return nil
 }
 
 // running returns why the machine has no disk to copy any more, nil if it has.
@@ -92,7 +109,7 @@ func (m *machine) held(ctx context.Context, f func() error) (time.Duration, erro
 const copyAttempts = 3
 
 // snapshotImage copies the layer's image.
-func (m *machine) snapshotImage(ctx context.Context, spare string) (err error) {
+func (m *machine) snapshotImage(ctx context.Context, spare string, hold holder) (err error) {
 	begin := time.Now()
 	tmp := spare + engine.UnfinishedSuffix
 	if err := os.Remove(tmp); err != nil && !errors.Is(err, os.ErrNotExist) { // of somebody who was killed
@@ -114,7 +131,7 @@ func (m *machine) snapshotImage(ctx context.Context, spare string) (err error) {
 	}
 	m.trimLayer()
 	var copied int64
-	paused, err := m.held(ctx, func() (err error) {
+	paused, err := hold(ctx, func() (err error) {
 		for range copyAttempts {
 			if err := m.syncLayer(); err != nil {
 				return err

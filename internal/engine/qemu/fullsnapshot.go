@@ -93,7 +93,7 @@ func (m *machine) saveAll(ctx context.Context, path string) (err error) {
 
 // goOn tells the guest agent that time has passed, or that it is a copy.
 func (m *machine) goOn(ctx context.Context, isCopy bool, hostname string) error {
-	req, err := newResume(hostname)
+	req, err := guestclient.NewResume(hostname)
 	if err != nil {
 		return err
 	}

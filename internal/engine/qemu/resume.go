@@ -2,13 +2,13 @@ package qemu
 
 import (
 	"context"
-	"crypto/rand"
 	"fmt"
 	"io"
 	"net"
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
@@ -29,10 +29,11 @@ func awaitGuest(channel net.Conn) error {
 func resumeGuest(ctx context.Context, channel net.Conn, hostname string) error {
 	stop := context.AfterFunc(ctx, func() { _ = channel.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	req, err := newResume(hostname)
+	req, err := guestclient.NewResume(hostname)
 	if err != nil {
 		return err
 	}
+	req.NewIdentity = true
 	line, err := guestproto.Encode(req)
 	if err != nil {
 		return err
@@ -49,18 +50,6 @@ func resumeGuest(ctx context.Context, channel net.Conn, hostname string) error {
 		return &blamelessError{err} // the guest's own account, of its disk most likely
 	}
 	return nil
-}
-
-func newResume(hostname string) (guestproto.Resume, error) {
-	r := guestproto.Resume{
-		Envelope: guestproto.Envelope{Action: guestproto.ActionResume},
-		Hostname: hostname, NewIdentity: true, Entropy: make([]byte, 64),
-	}
-	if _, err := rand.Read(r.Entropy); err != nil {
-		return r, api.Errorf(api.ErrInternal, "drawing entropy for the guest: %w", err)
-	}
-	r.TimeNS = time.Now().UnixNano()
-	return r, nil
 }
 
 // A blamelessError says nothing against the template of a warm start that has

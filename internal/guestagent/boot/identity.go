@@ -1,7 +1,6 @@
 package boot
 
 import (
-	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -68,7 +67,7 @@ func rename(hostname string) error {
 	// Both lie in memory, one mounted over the other: what was read before
 	// stays what it was, and the next to read sees the new.
 	if old, err := os.ReadFile(inMemoryMachineID); err == nil && strings.TrimSpace(string(old)) != "" {
-		errs = append(errs, writeMachineID(inMemoryMachineID))
+		errs = append(errs, writeMachineID())
 	}
 	return errors.Join(append(errs, bootID())...)
 }
@@ -82,23 +81,31 @@ const (
 // first asked and keeps it, so a copy of its memory may have it already, and a
 // file is mounted over it.
 func bootID() error {
-	var b [16]byte
-	if _, err := rand.Read(b[:]); err != nil {
-		return fmt.Errorf("drawing a boot id: %w", err)
-	}
-	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80 // version 4, RFC 9562 section 5.4
-	id := fmt.Sprintf("%x-%x-%x-%x-%x\n", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 	_, err := os.Lstat(inMemoryBootID)
 	mounted := !errors.Is(err, fs.ErrNotExist)
 	// Root may write what is 0444.
-	if err := os.WriteFile(inMemoryBootID, []byte(id), 0o444); err != nil {
+	if err := os.WriteFile(inMemoryBootID, []byte(guestproto.NewBootID()), 0o444); err != nil {
 		return fmt.Errorf("writing the boot id: %w", err)
 	}
 	if mounted {
 		return nil
 	}
-	if err := unix.Mount(inMemoryBootID, kernelBootID, "", unix.MS_BIND, ""); err != nil {
+	return mountBootID(inMemoryBootID)
+}
+
+func mountBootID(file string) error {
+	if err := unix.Mount(file, kernelBootID, "", unix.MS_BIND, ""); err != nil {
 		return fmt.Errorf("mounting the boot id: %w", err)
 	}
 	return nil
+}
+
+// ResumeSandbox does in a sandbox what the host asks for. Clock and random
+// generator are the host's there, and the ids those that [PrepareSandbox] has
+// mounted; so what is left is the name in the files of a copy.
+func ResumeSandbox(r guestproto.Resume) error {
+	if !r.NewIdentity || r.Hostname == "" {
+		return nil
+	}
+	return nameHost(r.Hostname)
 }

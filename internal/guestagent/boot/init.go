@@ -134,7 +134,7 @@ func finish(root, hostname string) error {
 	if err := switchRoot(); err != nil {
 		return err
 	}
-	for _, step := range []func() error{mountTemporary, func() error { return nameHost(hostname) }, writeFiles, machineID} {
+	for _, step := range []func() error{mountTemporary, func() error { return nameHost(hostname) }, writeFiles, func() error { return machineID(writeMachineID) }} {
 		if err := step(); err != nil {
 			warn(err)
 		}

@@ -1,8 +1,6 @@
 package boot
 
 import (
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
 // defaultHostname names a machine whose host gave it no name.
@@ -24,8 +24,12 @@ func nameHost(name string) error {
 	if len(name) > 63 || strings.ContainsAny(name, "/ \t\n") {
 		return fmt.Errorf("pyro.hostname=%q is no host name", name)
 	}
-	if err := unix.Sethostname([]byte(name)); err != nil {
-		return fmt.Errorf("naming the machine: %w", err)
+	// A sandbox has its name by its host, which gives a copy another one; gVisor
+	// leaves a name alone that was set inside.
+	if now, err := os.Hostname(); err != nil || now != name {
+		if err := unix.Sethostname([]byte(name)); err != nil {
+			return fmt.Errorf("naming the machine: %w", err)
+		}
 	}
 	if err := writeIfDifferent("/etc/hostname", name+"\n"); err != nil {
 		return err
@@ -94,15 +98,16 @@ func writeIfDifferent(path, content string) error {
 // inMemoryMachineID is where the machine's id is if its image has none.
 const inMemoryMachineID = "/run/machine-id"
 
-// machineID gives the machine an id that lives in memory, if its image has
-// none: one on the disk would be shared by every copy. See machine-id(5).
-func machineID() error {
+// machineID gives the machine an id that lives in memory, if its image has none:
+// one on the disk would be shared by every copy. provide puts it at
+// inMemoryMachineID. See machine-id(5).
+func machineID(provide func() error) error {
 	const file = "/etc/machine-id"
 	old, err := os.ReadFile(file)
 	if id := strings.TrimSpace(string(old)); err == nil && id != "" && id != "uninitialized" {
 		return nil
 	}
-	if err := writeMachineID(inMemoryMachineID); err != nil {
+	if err := provide(); err != nil {
 		return err
 	}
 	if err != nil {
@@ -120,12 +125,8 @@ func machineID() error {
 	return nil
 }
 
-func writeMachineID(path string) error {
-	var b [16]byte
-	if _, err := rand.Read(b[:]); err != nil {
-		return fmt.Errorf("drawing a machine id: %w", err)
-	}
-	if err := os.WriteFile(path, []byte(hex.EncodeToString(b[:])+"\n"), 0o444); err != nil {
+func writeMachineID() error {
+	if err := os.WriteFile(inMemoryMachineID, []byte(guestproto.NewMachineID()), 0o444); err != nil {
 		return fmt.Errorf("writing the machine id: %w", err)
 	}
 	return nil

@@ -9,6 +9,14 @@ import (
 	"time"
 )
 
+// CanFreeze reports whether this kernel can stop commands so; gVisor's cannot.
+func (w *Workload) CanFreeze() bool {
+	_, err := os.Lstat(w.freezeFile())
+	return err == nil
+}
+
+func (w *Workload) freezeFile() string { return filepath.Join(w.dir, "cgroup.freeze") }
+
 // Freeze stops every command where it stands, and returns when all have.
 // Processes that the kernel cannot stop at the moment delay it until ctx ends;
 // then all run on. See "cgroup.freeze" in Documentation/admin-guide/cgroup-v2.rst.
@@ -43,5 +51,5 @@ func (w *Workload) Thaw() error {
 }
 
 func (w *Workload) setFrozen(value string) error {
-	return os.WriteFile(filepath.Join(w.dir, "cgroup.freeze"), []byte(value), 0)
+	return os.WriteFile(w.freezeFile(), []byte(value), 0)
 }

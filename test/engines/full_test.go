@@ -12,13 +12,29 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/engine/enginetest"
+	"github.com/pyro-mcp/pyro/internal/engine/gvisor"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
+
+// fullSubject is the engine that PYRO_TEST_ENGINE names, if its machines can be
+// saved with their memory.
+func fullSubject(t *testing.T) enginetest.Subject {
+	t.Helper()
+	switch os.Getenv("PYRO_TEST_ENGINE") {
+	case "qemu":
+		_, s := warmSubject(t)
+		return s
+	case gvisor.Name:
+		return gvisorSubject(t)
+	}
+	t.Skip("runs with PYRO_TEST_ENGINE=qemu or gvisor")
+	return enginetest.Subject{}
+}
 
 // TestFullSnapshot copies a machine while a service of it counts and a file has
 // not reached its disk.
 func TestFullSnapshot(t *testing.T) {
-	_, s := warmSubject(t)
+	s := fullSubject(t)
 	dir := t.TempDir()
 	disk, spare, memory := filepath.Join(dir, "disk"), filepath.Join(dir, "spare"), filepath.Join(dir, "memory")
 	g := enginetest.Boot(t, s, func(m *engine.MachineSpec) { m.Disk, m.Hostname = disk, "original" })
@@ -38,10 +54,10 @@ func TestFullSnapshot(t *testing.T) {
 		t.Fatal(err)
 	}
 	st, err := os.Stat(memory)
-	if err != nil || st.Mode().Perm() != 0o600 || frozen != disk {
+	if err != nil || st.Mode().Perm()&0o077 != 0 || frozen != disk && frozen != spare {
 		t.Fatalf("the snapshot: %v %v, frozen %s", st, err, frozen)
 	}
-	t.Logf("the snapshot took %v and has %d MiB", time.Since(began), st.Size()>>20)
+	t.Logf("the snapshot took %v", time.Since(began))
 
 	copies := map[string]*enginetest.Guest{"original": g}
 	ids := map[string]map[string]string{"original": identity(t, g)}
@@ -107,7 +123,11 @@ func count(t *testing.T, g *enginetest.Guest) int {
 // standStill suspends the guest for a while in which its service would count.
 func standStill(t *testing.T, g *enginetest.Guest) {
 	t.Helper()
-	if err := g.Client.Suspend(t.Context()); err != nil {
+	err := g.Client.Suspend(t.Context())
+	if errors.Is(err, api.ErrUnsupported) {
+		return // its copies need nothing before they may run
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	uuids := func() int {
