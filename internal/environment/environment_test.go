@@ -3,6 +3,7 @@ package environment_test
 import (
 	"archive/tar"
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,10 +29,13 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv("ENVIRONMENT_TEST_PULL"); dir != "" {
 		s, err := environment.Open(options(dir))
 		if err == nil {
-			_, err = s.Pull(context.Background(), envName, nil)
+			_, err = s.Pull(context.Background(), cmp.Or(os.Getenv("ENVIRONMENT_TEST_NAME"), envName), nil)
 		}
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
 	}
 	os.Exit(m.Run())
 }

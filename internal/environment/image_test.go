@@ -5,14 +5,21 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"io/fs"
 	"log"
+	"math/rand/v2"
+	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -39,6 +46,12 @@ func newRegistry(t *testing.T) string {
 // oneFile is an image with the file /version.
 func oneFile(t *testing.T, version string) v1.Image {
 	t.Helper()
+	return withConfig(t, version, oneFileLayer(t, version))
+}
+
+// oneFileLayer is an archive of the file /version.
+func oneFileLayer(t *testing.T, version string) v1.Layer {
+	t.Helper()
 	var buf bytes.Buffer
 	w := tar.NewWriter(&buf)
 	err := w.WriteHeader(&tar.Header{Name: "version", Typeflag: tar.TypeReg, Mode: 0o644, Size: int64(len(version)), ModTime: releaseDay})
@@ -52,7 +65,12 @@ func oneFile(t *testing.T, version string) v1.Image {
 	if err != nil {
 		t.Fatal(err)
 	}
-	img, err := mutate.AppendLayers(empty.Image, layer)
+	return layer
+}
+
+func withConfig(t *testing.T, version string, layers ...v1.Layer) v1.Image {
+	t.Helper()
+	img, err := mutate.AppendLayers(empty.Image, layers...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -283,4 +301,114 @@ func TestImageDamaged(t *testing.T) {
 	} else {
 		again.Close()
 	}
+}
+
+// TestKilledImagePull kills a pull at random moments, again and again. Each goes
+// on where the one before it was killed, and what comes of it at last is what one
+// that nobody killed makes.
+func TestKilledImagePull(t *testing.T) {
+	t.Setenv("DOCKER_CONFIG", t.TempDir())
+	inner := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	var sent atomic.Int64
+	ts := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodGet && strings.Contains(r.URL.Path, "/blobs/") {
+			w = &slowWriter{w, &sent}
+		}
+		inner.ServeHTTP(w, r)
+	}))
+	t.Cleanup(ts.Close)
+	host := strings.TrimPrefix(ts.URL, "http://")
+	noise := make([]byte, 6<<20)
+	_, _ = rand.NewChaCha8([32]byte{9}).Read(noise)
+	half := len(noise) / 2
+	img := withConfig(t, "1", oneFileLayer(t, string(noise[:half])), oneFileLayer(t, string(noise[half:])), oneFileLayer(t, "1"))
+	push(t, host+"/a:1", img)
+	ref := "docker://" + host + "/a:1"
+
+	_, dir := newStore(t, "")
+	kills := 0
+	for {
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), "ENVIRONMENT_TEST_PULL="+dir, "ENVIRONMENT_TEST_NAME="+ref)
+		var stderr bytes.Buffer
+		cmd.Stderr = &stderr
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if kills < 12 {
+			time.Sleep(time.Duration(rand.Int64N(int64(250 * time.Millisecond))))
+			_ = cmd.Process.Kill() // or it has ended
+		}
+		err := cmd.Wait()
+		if err == nil {
+			break
+		}
+		if cmd.ProcessState.Sys().(syscall.WaitStatus).Signaled() {
+			kills++
+			continue
+		}
+		t.Fatalf("%v: %s", err, stderr.String())
+	}
+	if kills < 3 {
+		t.Errorf("%d pulls were killed: this tests little", kills)
+	}
+	// What was in flight when a process was killed comes twice: the registry's
+	// and the kernel's buffers.
+	if limit := int64(len(noise) + kills*(1<<20)); sent.Load() > limit {
+		t.Errorf("%d bytes were sent for %d and %d kills, want %d at most", sent.Load(), len(noise), kills, limit)
+	}
+	s, err := environment.Open(options(dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := s.Inspect(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fresh, freshDir := newStore(t, "")
+	want, err := fresh.Pull(t.Context(), ref, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Digest == "" || got.Digest != want.Digest {
+		t.Errorf("the digest is %s, want %s", got.Digest, want.Digest)
+	}
+	if _, err := s.Prune(t.Context(), environment.PruneOptions{}); err != nil {
+		t.Error(err)
+	}
+	if d := cmp.Diff(files(t, freshDir), files(t, dir)); d != "" {
+		t.Error(d)
+	}
+}
+
+// files are those of a store's cache.
+func files(t *testing.T, dir string) []string {
+	t.Helper()
+	var out []string
+	cache := filepath.Join(dir, "cache")
+	err := filepath.WalkDir(cache, func(path string, _ fs.DirEntry, err error) error {
+		out = append(out, strings.TrimPrefix(path, cache))
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// A slowWriter takes a while for each piece and counts what it was given.
+type slowWriter struct {
+	http.ResponseWriter
+	n *atomic.Int64
+}
+
+func (s *slowWriter) Write(p []byte) (n int, err error) {
+	for len(p) > 0 && err == nil {
+		var k int
+		k, err = s.ResponseWriter.Write(p[:min(len(p), 64<<10)])
+		s.n.Add(int64(k))
+		n, p = n+k, p[k:]
+		time.Sleep(5 * time.Millisecond)
+	}
+	return n, err
 }

@@ -154,6 +154,4 @@ func (s *archiveSource) blob(_ context.Context, l layer) (io.ReadCloser, error) 
 	return io.NopCloser(e), nil
 }
 
-func (s *archiveSource) cached() bool { return false }
-
 func (s *archiveSource) Close() error { return s.f.Close() }

@@ -69,8 +69,8 @@ func (p *Puller) Build(ctx context.Context, img *Image, f *os.File, progress fun
 func (p *Puller) survey(ctx context.Context, img *Image, progress func(api.Progress)) (_ *survey, _ *openLayers, err error) {
 	for again := false; ; again = true {
 		layers := &openLayers{img: img}
-		if img.source.cached() {
-			if layers.files, err = p.fetch(ctx, img, progress); err != nil {
+		if remote, ok := img.source.(remoteSource); ok {
+			if layers.files, err = p.fetch(ctx, img, remote, progress); err != nil {
 				return nil, nil, err
 			}
 		}

@@ -213,8 +213,8 @@ func TestHostileManifests(t *testing.T) {
 		{"ForeignURL", changed{Image: good, manifest: func(m *v1.Manifest) { m.Layers[0].URLs = []string{"http://192.0.2.1/x"} }}, api.ErrUnsupported, "somewhere else"},
 		{"LayerType", changed{Image: good, manifest: func(m *v1.Manifest) { m.Layers[0].MediaType = "application/x-sh" }}, api.ErrUnsupported, "media type"},
 		{"ConfigType", changed{Image: good, manifest: func(m *v1.Manifest) { m.Config.MediaType = "application/vnd.example.chart" }}, api.ErrUnsupported, "no image's"},
-		{"LayerSize", changed{Image: good, manifest: func(m *v1.Manifest) { m.Layers[0].Size += 10 }}, api.ErrUnavailable, "bytes of"},
-		{"SmallLayerSize", changed{Image: good, manifest: func(m *v1.Manifest) { m.Layers[0].Size -= 10 }}, api.ErrDamaged, "is not the layer"},
+		{"LayerSize", changed{Image: good, manifest: func(m *v1.Manifest) { m.Layers[0].Size += 10 }}, api.ErrDamaged, "the manifest says 110"},
+		{"SmallLayerSize", changed{Image: good, manifest: func(m *v1.Manifest) { m.Layers[0].Size -= 10 }}, api.ErrDamaged, "the manifest says 90"},
 		{"NegativeLayerSize", changed{Image: good, manifest: func(m *v1.Manifest) { m.Layers[0].Size = -1 }}, api.ErrInvalid, ""},
 		{"HugeLayerSize", changed{Image: good, manifest: func(m *v1.Manifest) { m.Layers[0].Size = 1 << 62 }}, api.ErrExhausted, "limit"},
 		{"SumOverflows", changed{Image: good, manifest: func(m *v1.Manifest) {

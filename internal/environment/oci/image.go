@@ -70,7 +70,7 @@ func (i *Image) CompressedBytes() (sum int64) {
 // image that is not from a registry.
 func (i *Image) LayerDigests() []string {
 	var out []string
-	if i.source.cached() {
+	if _, remote := i.source.(remoteSource); remote {
 		for _, l := range i.layers {
 			out = append(out, l.digest.String())
 		}
@@ -94,9 +94,15 @@ type source interface {
 	// blob returns the bytes of a layer, or of the configuration, from the
 	// beginning. The caller checks them.
 	blob(ctx context.Context, l layer) (io.ReadCloser, error)
-	// cached says whether layers are worth to be kept.
-	cached() bool
 	Close() error
+}
+
+// A remoteSource is worth to keep layers of, once fetched.
+type remoteSource interface {
+	source
+	// blobFrom returns a layer's bytes from at on, which is from or, where the
+	// source cannot begin there, 0.
+	blobFrom(ctx context.Context, l layer, from int64) (body io.ReadCloser, at int64, err error)
 }
 
 // A manifestSource has manifests as well.

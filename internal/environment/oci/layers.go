@@ -27,20 +27,21 @@ import (
 const (
 	// parallel is how many layers are fetched at once, as docker does.
 	parallel = 3
-	// attempts is how often something is asked for before it is an error.
+	// attempts is how often something is asked for in vain before it is an
+	// error.
 	attempts = 3
 )
 
 // The cache holds one file for each layer, HEX as its SHA-256 says, complete
 // and checked: it gets that name when it is. HEX.part is one that is being
-// fetched, locked by who fetches it.
+// fetched, locked by who fetches it, or whose fetching was broken off.
 const partSuffix = ".part"
 
 var layerPattern = regexp.MustCompile(`^[0-9a-f]{64}(\.part)?$`)
 
 // fetch brings the image's layers into the cache, those that are not there, and
 // opens them. Files that were opened stay readable whatever is pruned.
-func (p *Puller) fetch(ctx context.Context, img *Image, progress func(api.Progress)) (_ []*os.File, err error) {
+func (p *Puller) fetch(ctx context.Context, img *Image, src remoteSource, progress func(api.Progress)) (_ []*os.File, err error) {
 	if err := statedir.MakePrivate(p.CacheDir); err != nil {
 		return nil, fmt.Errorf("opening the cache of layers: %w", err)
 	}
@@ -55,7 +56,7 @@ func (p *Puller) fetch(ctx context.Context, img *Image, progress func(api.Progre
 	g.SetLimit(parallel)
 	for i, l := range img.layers {
 		g.Go(func() error {
-			f, err := p.fetchLayer(ctx, img.source, l, i, meter)
+			f, err := p.fetchLayer(ctx, src, l, i, meter)
 			if err != nil {
 				return fmt.Errorf("fetching layer %d of %d: %w", i+1, len(img.layers), err)
 			}
@@ -78,7 +79,7 @@ func closeAll(files []*os.File) {
 // layer that both need.
 const partPoll = 100 * time.Millisecond
 
-func (p *Puller) fetchLayer(ctx context.Context, src source, l layer, index int, m *meter) (*os.File, error) {
+func (p *Puller) fetchLayer(ctx context.Context, src remoteSource, l layer, index int, m *meter) (*os.File, error) {
 	path := filepath.Join(p.CacheDir, l.digest.Hex)
 	for {
 		if f, err := openCached(path, l.size); f != nil || err != nil {
@@ -119,41 +120,33 @@ func openCached(path string, size int64) (*os.File, error) {
 }
 
 // fill fetches a layer into part, which this process owns, and gives it its
-// name.
-func (p *Puller) fill(ctx context.Context, src source, l layer, index int, m *meter, part *os.File, path string) (_ *os.File, err error) {
-	kept := false
+// name. What has come of it when that fails stays in the cache, for the next one
+// to go on from.
+func (p *Puller) fill(ctx context.Context, src remoteSource, l layer, index int, m *meter, part *os.File, path string) (_ *os.File, err error) {
+	d := &download{p: p, src: src, layer: l, part: part, index: index, meter: m}
+	done := false
 	defer func() {
-		if !kept {
-			part.Close()
+		if done {
+			return
+		}
+		if d.have == 0 || d.spoilt {
 			err = errors.Join(err, os.Remove(path+partSuffix))
 		}
+		part.Close()
 	}()
 	// Who owned it before may have finished in between.
 	if f, err := openCached(path, l.size); f != nil || err != nil {
 		m.here(index, l.size)
 		return f, err
 	}
-	if err := artifact.CheckFree(p.CacheDir, l.size); err != nil {
+	if err := d.begin(); err != nil {
 		return nil, err
 	}
-	delay := p.RetryDelay
-	if delay == 0 {
-		delay = time.Second
+	if err := artifact.CheckFree(p.CacheDir, l.size-d.have); err != nil {
+		return nil, err
 	}
-	for n := 1; ; n++ {
-		if err = p.download(ctx, src, l, index, m, part); err == nil {
-			break
-		}
-		if ctx.Err() != nil || n == attempts || !errors.Is(err, api.ErrUnavailable) {
-			return nil, err
-		}
-		p.log().Warn("fetching a layer again", "layer", l.digest.String(), "error", err)
-		select {
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		case <-time.After(delay):
-		}
-		delay *= 3
+	if err := d.run(ctx); err != nil {
+		return nil, err
 	}
 	// The name must not come before the content, whatever the host does next.
 	if err := part.Sync(); err != nil {
@@ -162,72 +155,8 @@ func (p *Puller) fill(ctx context.Context, src source, l layer, index int, m *me
 	if err := os.Rename(path+partSuffix, path); err != nil {
 		return nil, err
 	}
-	kept = true
+	done = true
 	return part, statedir.SyncDir(p.CacheDir)
-}
-
-// download fetches a layer once. What cannot be had now is api.ErrUnavailable,
-// what is not the layer api.ErrDamaged.
-func (p *Puller) download(ctx context.Context, src source, l layer, index int, m *meter, part *os.File) error {
-	if err := part.Truncate(0); err != nil {
-		return err
-	}
-	limit := p.StallLimit
-	if limit == 0 {
-		limit = time.Minute
-	}
-	flowing, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	stalled := time.AfterFunc(limit, func() { cancel(errStalled) })
-	defer stalled.Stop()
-	body, err := src.blob(flowing, l)
-	if err != nil {
-		return err
-	}
-	defer body.Close()
-	hash := sha256.New()
-	to := &errorOf{w: io.MultiWriter(io.NewOffsetWriter(part, 0), hash, m.of(index), restart{stalled, limit})}
-	n, err := io.Copy(to, io.LimitReader(body, l.size+1))
-	switch {
-	case to.err != nil:
-		return to.err
-	case context.Cause(flowing) == errStalled:
-		return api.Errorf(api.ErrUnavailable, "nothing has come for %s", limit)
-	case n < l.size && err == nil:
-		err = io.ErrUnexpectedEOF
-		fallthrough
-	case n < l.size:
-		return explain(ctx, fmt.Errorf("%d bytes of %d came: %w", n, l.size, errors.Join(err, io.ErrUnexpectedEOF)))
-	case n > l.size || hex.EncodeToString(hash.Sum(nil)) != l.digest.Hex:
-		// An error of the library's own check would say the same.
-		return api.Errorf(api.ErrDamaged, "what came is not the layer %s of %d bytes that the manifest names", l.digest, l.size)
-	}
-	return nil
-}
-
-var errStalled = errors.New("stalled")
-
-// restart starts a timer anew whenever something is written.
-type restart struct {
-	timer *time.Timer
-	limit time.Duration
-}
-
-func (r restart) Write(p []byte) (int, error) {
-	r.timer.Reset(r.limit)
-	return len(p), nil
-}
-
-// errorOf keeps the error of a writer apart from that of the reader.
-type errorOf struct {
-	w   io.Writer
-	err error
-}
-
-func (e *errorOf) Write(p []byte) (int, error) {
-	n, err := e.w.Write(p)
-	e.err = err
-	return n, err
 }
 
 // A meter adds up what several goroutines fetch.
@@ -257,8 +186,9 @@ func (m *meter) set(index int, n int64, what string) {
 	m.progress(api.Progress{Phase: "downloading", Message: fmt.Sprintf("layer %d of %d %s", index+1, m.layers, what), Done: sum, Total: m.total})
 }
 
-// of returns a writer that counts what it gets as bytes of one layer.
-func (m *meter) of(index int) io.Writer { return &layerMeter{m: m, index: index} }
+// of returns a writer that counts what it gets as bytes of one layer, behind
+// those that are there.
+func (m *meter) of(index int, have int64) io.Writer { return &layerMeter{m: m, index: index, n: have} }
 
 type layerMeter struct {
 	m     *meter

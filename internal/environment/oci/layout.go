@@ -119,6 +119,4 @@ func (s *layoutSource) open(name string) (*os.File, error) {
 	return f, nil
 }
 
-func (s *layoutSource) cached() bool { return false }
-
 func (s *layoutSource) Close() error { return s.dir.Close() }

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -21,12 +23,22 @@ import (
 
 // A registrySource is an image in a registry.
 type registrySource struct {
-	puller *remote.Puller
+	puller *remote.Puller // for manifests
 	ref    name.Reference
 	closer func()
+
+	// The library fetches blobs from their beginning only, so they are asked
+	// for here, by a client that connect makes once it is needed.
+	keychain  authn.Keychain
+	transport http.RoundTripper
+	mu        sync.Mutex
+	client    *http.Client
 }
 
-var _ manifestSource = (*registrySource)(nil)
+var (
+	_ manifestSource = (*registrySource)(nil)
+	_ remoteSource   = (*registrySource)(nil)
+)
 
 // resolveRemote asks the mirror, if there is one for the reference, and then
 // the registry.
@@ -86,16 +98,28 @@ func (p *Puller) resolveAt(ctx context.Context, ref Reference, at name.Reference
 		g := newGuard(at.Context().Registry)
 		rt, closer = g.transport, g.transport.CloseIdleConnections
 	}
+	backoff := remote.Backoff{Duration: delay, Factor: 3, Jitter: 0.1, Steps: attempts}
 	puller, err := remote.NewPuller(
 		remote.WithAuthFromKeychain(keychain),
 		remote.WithTransport(boundedManifests{rt, p.limits().DocumentBytes}),
-		remote.WithUserAgent("pyro"),
-		remote.WithRetryBackoff(remote.Backoff{Duration: delay, Factor: 3, Jitter: 0.1, Steps: attempts}),
+		remote.WithUserAgent(userAgent),
+		remote.WithRetryBackoff(backoff),
 	)
 	if err != nil {
 		return nil, err
 	}
-	return p.describe(ctx, ref, &registrySource{puller: puller, ref: at, closer: closer})
+	return p.describe(ctx, ref, &registrySource{
+		puller: puller, ref: at, closer: closer, keychain: keychain,
+		transport: transport.NewRetry(transport.NewUserAgent(rt, userAgent),
+			transport.WithRetryBackoff(backoff), transport.WithRetryStatusCodes(retryStatuses...)),
+	})
+}
+
+const userAgent = "pyro"
+
+// retryStatuses are those of a registry that is in trouble for the moment.
+var retryStatuses = []int{
+	http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout,
 }
 
 func (s *registrySource) root(ctx context.Context) ([]byte, types.MediaType, error) {
@@ -124,18 +148,74 @@ func (s *registrySource) manifest(ctx context.Context, want v1.Descriptor) ([]by
 }
 
 func (s *registrySource) blob(ctx context.Context, l layer) (io.ReadCloser, error) {
-	b, err := s.puller.Layer(ctx, s.ref.Context().Digest(l.digest.String()))
-	if err != nil {
-		return nil, explain(ctx, err)
-	}
-	r, err := b.Compressed()
-	if err != nil {
-		return nil, explain(ctx, err)
-	}
-	return r, nil
+	body, _, err := s.blobFrom(ctx, l, 0)
+	return body, err
 }
 
-func (s *registrySource) cached() bool { return true }
+// blobFrom asks for a range unless from is 0 (RFC 9110, 14).
+func (s *registrySource) blobFrom(ctx context.Context, l layer, from int64) (_ io.ReadCloser, at int64, err error) {
+	client, err := s.connect(ctx)
+	if err != nil {
+		return nil, 0, explain(ctx, err)
+	}
+	repo := s.ref.Context()
+	u := url.URL{Scheme: repo.Scheme(), Host: repo.RegistryStr(), Path: fmt.Sprintf("/v2/%s/blobs/%s", repo.RepositoryStr(), l.digest)}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return nil, 0, err
+	}
+	// The digest is that of the bytes as they are stored.
+	req.Header.Set("Accept-Encoding", "identity")
+	if from > 0 {
+		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", from, l.size-1))
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, 0, explain(ctx, err)
+	}
+	err = transport.CheckError(resp, http.StatusOK, http.StatusPartialContent)
+	switch {
+	case from > 0 && resp.StatusCode == http.StatusRequestedRangeNotSatisfiable:
+		resp.Body.Close()
+		return s.blobFrom(ctx, l, 0)
+	case err != nil:
+	case resp.StatusCode == http.StatusOK:
+	case from > 0 && strings.HasPrefix(resp.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-", from)):
+		at = from
+	default:
+		err = api.Errorf(api.ErrUnavailable, "the registry answers with the range %.60q, not the one from %d on", resp.Header.Get("Content-Range"), from)
+	}
+	if n := resp.ContentLength; err == nil && n >= 0 && n != l.size-at {
+		err = api.Errorf(api.ErrDamaged, "the registry has %d bytes of %s from %d on, the manifest says %d", n, l.digest, at, l.size-at)
+	}
+	if err != nil {
+		resp.Body.Close()
+		return nil, 0, explain(ctx, err)
+	}
+	return resp.Body, at, nil
+}
+
+// connect asks the registry how it wants to be asked, once, and returns a client
+// with what it takes. Where it redirects to is the transport's to check; the
+// credentials do not go there.
+func (s *registrySource) connect(ctx context.Context) (*http.Client, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.client != nil {
+		return s.client, nil
+	}
+	repo := s.ref.Context()
+	auth, err := authn.Resolve(ctx, s.keychain, repo)
+	if err != nil {
+		return nil, err
+	}
+	rt, err := transport.NewWithContext(ctx, repo.Registry, auth, s.transport, []string{repo.Scope(transport.PullScope)})
+	if err != nil {
+		return nil, err
+	}
+	s.client = &http.Client{Transport: rt}
+	return s.client, nil
+}
 
 func (s *registrySource) Close() error {
 	s.closer()
