@@ -83,8 +83,9 @@ func newPauseCmd(a *app) *cobra.Command {
 
 With --to-disk it is kept in a file, and the memory is free as well. The next
 command that needs the guest wakes the workspace by itself: exec, file, patch,
-diff, export, shell, service. Processes, shells and services then go on where
-they were, and connections to the outside are broken.`,
+diff, export, shell, service; and so does who connects to a published port.
+Processes, shells and services then go on where they were, and connections to
+the outside are broken.`,
 		Example: "  pyro workspace pause fix --to-disk\n  pyro workspace exec fix -- make test    # wakes it",
 	}, func(ctx context.Context, c *pyro.Client, ref string) error {
 		ws, err := c.Pause(ctx, ref, req)

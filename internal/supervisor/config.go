@@ -44,11 +44,25 @@ type Config struct {
 	// Ephemeral removes the machine's directory at the end. The directory of
 	// other machines stays, with their logs and how they ended.
 	Ephemeral bool `json:"ephemeral"`
+	// Standby, if set, lets the supervisor wait until somebody needs the machine.
+	Standby *Standby `json:"standby,omitempty"`
 	// Network is the policy, one of api.NetworkOff and its like; "" is off.
 	Network string `json:"network,omitempty"`
 	// NetworkAllow is for tests: network.Config.Allow. Nothing that a user can
 	// say leads here.
 	NetworkAllow []netip.Prefix `json:"network_allow,omitempty"`
+}
+
+// Standby is what a supervisor does for a machine that is not there yet: one that
+// is paused to disk and whose ports stay open.
+type Standby struct {
+	// Ports are open from the beginning. All are, or the supervisor ends.
+	Ports []PublishedPort `json:"ports"`
+	// Command is run when somebody connects to one. It is to call [Client.Wake],
+	// and the connection waits for that.
+	Command []string `json:"command"`
+	// Env are variables for it beside the supervisor's own.
+	Env []string `json:"env"`
 }
 
 // Ending is how a machine that is not ephemeral ended, as its supervisor wrote

@@ -107,6 +107,7 @@ func (s *supervisor) handler(ctx context.Context) http.Handler {
 	s.handlePublish(mux)
 	s.handleWatch(mux)
 	s.handlePause(mux)
+	s.handleWake(mux)
 	return mux
 }
 
@@ -298,11 +299,11 @@ func (c *Client) Disk(ctx context.Context) (string, error) {
 }
 
 // callTimeout bounds the questions that a supervisor answers at once. Those that
-// a snapshot is part of take as long as their caller allows.
+// a snapshot or a boot is part of take as long as their caller allows.
 const callTimeout = 10 * time.Second
 
 func (c *Client) call(ctx context.Context, method, path string, in, out any) error {
-	if path != pathSnapshot && path != pathDisk {
+	if path != pathSnapshot && path != pathDisk && path != pathWake {
 		limited, cancel := context.WithTimeout(ctx, callTimeout)
 		defer cancel()
 		ctx = limited

@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
-	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/network"
 )
@@ -93,12 +92,9 @@ func (s *supervisor) publish(req PublishedPort) (PublishedPort, error) {
 		return PublishedPort{}, listenError(req, err)
 	}
 	req.HostPort = l.Addr().(*net.TCPAddr).Port
-	s.mu.Lock()
-	m, scale := s.machine, max(1, s.status.TimeScale)
-	s.mu.Unlock()
 	ctx, cancel := context.WithCancel(context.Background())
 	p.ports = append(p.ports, &publishedPort{PublishedPort: req, listener: l, cancel: cancel})
-	go s.acceptPublished(ctx, l, req.GuestPort, m, publishDial*time.Duration(scale))
+	go s.acceptPublished(ctx, l, req.GuestPort)
 	return req, nil
 }
 
@@ -146,7 +142,7 @@ func listenError(req PublishedPort, err error) error {
 
 // acceptPublished serves the connections to one published port until its
 // listener is closed; ctx ends them.
-func (s *supervisor) acceptPublished(ctx context.Context, l net.Listener, port int, m engine.Machine, patience time.Duration) {
+func (s *supervisor) acceptPublished(ctx context.Context, l net.Listener, port int) {
 	for {
 		c, err := l.Accept()
 		if err != nil {
@@ -168,17 +164,15 @@ func (s *supervisor) acceptPublished(ctx context.Context, l net.Listener, port i
 		}
 		go func() {
 			defer func() { <-s.published.slots }()
-			s.joinPublished(ctx, c.(*net.TCPConn), port, m, patience)
+			s.joinPublished(ctx, c.(*net.TCPConn), port)
 		}()
 	}
 }
 
 // joinPublished connects a client to the guest's port. The client of a port on
 // which nobody listens is reset, as near as one can come to a refusal.
-func (s *supervisor) joinPublished(ctx context.Context, c *net.TCPConn, port int, m engine.Machine, patience time.Duration) {
-	dialCtx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	guest, err := guestclient.New(m.DialGuest, guestclient.Options{}).DialTCP(dialCtx, port)
+func (s *supervisor) joinPublished(ctx context.Context, c *net.TCPConn, port int) {
+	guest, err := s.dialPort(ctx, port)
 	if err != nil {
 		network.Reset(c)
 		s.log.Debug("connecting a client to a published port", "error", err)
@@ -190,6 +184,19 @@ func (s *supervisor) joinPublished(ctx context.Context, c *net.TCPConn, port int
 	}
 	defer context.AfterFunc(ctx, abort)()
 	_, _, _ = network.Relay(c, guest, abort, len(s.published.slots) <= network.LargeBuffers)
+}
+
+// dialPort connects to a port of the guest, which is woken if it stands by.
+func (s *supervisor) dialPort(ctx context.Context, port int) (*guestclient.Stream, error) {
+	if err := s.awaken(ctx); err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	m, scale := s.machine, max(1, s.status.TimeScale)
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, publishDial*time.Duration(scale))
+	defer cancel()
+	return guestclient.New(m.DialGuest, guestclient.Options{}).DialTCP(ctx, port)
 }
 
 // unpublish closes a published port and the connections to it.

@@ -73,6 +73,12 @@ type supervisor struct {
 	egress  *egress     // nil without a network
 
 	published *publishing
+
+	// up is closed when the machine and its network are there; until then a
+	// supervisor that stands by waits for a wake request.
+	up      chan struct{}
+	standby *standby // nil without Config.Standby
+	serving sync.WaitGroup
 }
 
 // Main runs the supervisor in this process, which has been started by [Spawn].
@@ -152,10 +158,14 @@ func newSupervisor(cfg Config) (*supervisor, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &supervisor{
-		cfg: cfg, dir: dir, console: console, bootLimit: bootTimeout, disk: cfg.Spec.Disk, published: newPublishing(),
+	s := &supervisor{
+		cfg: cfg, dir: dir, console: console, bootLimit: bootTimeout, disk: cfg.Spec.Disk, published: newPublishing(), up: make(chan struct{}),
 		log: slog.New(slog.NewTextHandler(logFile, nil)).With("machine", dir.ID()),
-	}, nil
+	}
+	if cfg.Standby != nil {
+		s.standby = &standby{wakes: make(chan wake)}
+	}
+	return s, nil
 }
 
 // ReasonExpired is the reason in Status.Exited of a machine whose time was over.
@@ -200,6 +210,10 @@ func (s *supervisor) run(resultPipe *os.File, engines []engine.Engine) int {
 	s.setExpiry(s.cfg.TTL)
 	defer s.setExpiry(0)
 	err := checkNetwork(s.cfg.Network)
+	answer := func(r result) { report(resultPipe, r) }
+	if err == nil && s.cfg.Standby != nil {
+		answer, err = s.standBy(ctx, resultPipe)
+	}
 	if err == nil {
 		err = s.start(ctx, engines)
 	}
@@ -210,19 +224,26 @@ func (s *supervisor) run(resultPipe *os.File, engines []engine.Engine) int {
 		s.mu.Lock()
 		status := s.status
 		s.mu.Unlock()
-		report(resultPipe, result{Status: &status})
+		close(s.up)
+		answer(result{Status: &status})
 		failpoint.Hit("supervise/reported")
 		s.serve(ctx)
 		failpoint.Hit("supervise-end/begun")
 	}
-	s.cancel(err)
-	s.end(context.Cause(ctx))
-	if err != nil {
-		// After the end, so that the caller who reads it finds nothing left.
-		report(resultPipe, result{Error: api.ToWire(err)})
-		return 1
+	if err != nil && s.cfg.Standby != nil {
+		answer(result{Error: api.ToWire(err)}) // while there is a connection for it
 	}
-	return 0
+	s.cancel(err)
+	s.serving.Wait()
+	s.end(context.Cause(ctx))
+	if err == nil {
+		return 0
+	}
+	if s.cfg.Standby == nil {
+		// After the end, so that the caller who reads it finds nothing left.
+		answer(result{Error: api.ToWire(err)})
+	}
+	return 1
 }
 
 // watchLease ends the machine when the caller's end of the pipe is closed,
@@ -406,17 +427,16 @@ func causeOf(ctx context.Context, err error) error {
 func (s *supervisor) serve(ctx context.Context) {
 	m := s.current()
 	go s.watchMachine(ctx, m)
+	defer s.serving.Wait()
 	if s.cfg.Spec.Disk != "" && strings.HasSuffix(s.cfg.Spec.Disk, "."+string(engine.DiskExt4)) {
 		go s.watchSpace(ctx)
 	}
-	var wg sync.WaitGroup
-	defer wg.Wait()
 	guest, err := inherited(fdGuest)
 	if err != nil {
 		s.log.Error("guest socket", "error", err)
 		return
 	}
-	wg.Go(func() {
+	s.serving.Go(func() {
 		err := guestconn.ServeHybrid(ctx, guest, func(ctx context.Context, port uint32) (net.Conn, error) {
 			if port != guestPort {
 				return nil, api.Errorf(api.ErrUnsupported, "the guest answers on port %d only", guestPort)
@@ -427,9 +447,18 @@ func (s *supervisor) serve(ctx context.Context) {
 			s.log.Error("serving the guest socket", "error", err)
 		}
 	})
+	if s.cfg.Standby == nil {
+		s.serveControl(ctx)
+	}
+	<-ctx.Done()
+}
+
+// serveControl answers the control API in the background until ctx ends.
+func (s *supervisor) serveControl(ctx context.Context) {
 	control, err := inherited(fdControl)
 	if err != nil {
 		s.log.Error("control socket", "error", err)
+		s.cancel(err)
 		return
 	}
 	server := &http.Server{
@@ -438,13 +467,15 @@ func (s *supervisor) serve(ctx context.Context) {
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
-	wg.Go(func() { _ = server.Serve(control) })
-	<-ctx.Done()
-	// Answers under way (to the stop that ends us) get a moment to leave.
-	leaving, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-	defer cancel()
-	_ = server.Shutdown(leaving)
-	server.Close()
+	s.serving.Go(func() { _ = server.Serve(control) })
+	s.serving.Go(func() {
+		<-ctx.Done()
+		// Answers under way (to the stop that ends us) get a moment to leave.
+		leaving, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		_ = server.Shutdown(leaving)
+		server.Close()
+	})
 }
 
 // expire ends the machine because its time is over. A caller that holds the
@@ -568,7 +599,11 @@ func (s *supervisor) writeRecord(m engine.Machine) {
 	if id, err := hostproc.Identify(os.Getpid()); err == nil {
 		rec.Supervisor = &id
 	}
-	for _, pid := range m.PIDs() {
+	var pids []int
+	if m != nil {
+		pids = m.PIDs()
+	}
+	for _, pid := range pids {
 		if id, err := hostproc.Identify(pid); err == nil {
 			rec.Processes = append(rec.Processes, id)
 		}

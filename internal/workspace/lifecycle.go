@@ -18,9 +18,10 @@ import (
 	"github.com/pyro-mcp/pyro/internal/supervisor"
 )
 
-// startMachine starts a machine for the workspace on a disk. It ends with this
-// process until it is told to keep going.
-func (h *held) startMachine(ctx context.Context, c engine.Candidate, d disk, progress func(api.Progress)) (*supervisor.Process, error) {
+// spawn starts the supervisor of a machine for the workspace on a disk, and the
+// machine, unless the supervisor is to stand by. It ends with this process until
+// it is told to keep going.
+func (h *held) spawn(ctx context.Context, c engine.Candidate, d disk, standby *supervisor.Standby, progress func(api.Progress)) (*supervisor.Process, error) {
 	paths, seeds, err := h.m.layerPaths(ctx, d.chain)
 	var hold []*os.File
 	for _, sd := range seeds {
@@ -34,8 +35,14 @@ func (h *held) startMachine(ctx context.Context, c engine.Candidate, d disk, pro
 		ID: h.WorkspaceID, Environment: h.Environment, Digest: h.EnvironmentDigest,
 		VCPUCount: h.VCPUCount, MemMiB: h.MemMiB, DiskMiB: h.DiskMiB,
 		Disk: h.m.state.Layer(d.active), Layers: paths, Require: h.Require, TTL: timeLeft(h.Workspace), Network: h.NetworkPolicy,
-		Memory: h.m.memoryPath(d.memory), Continues: d.continues, Hold: hold, Progress: progress,
+		Memory: h.m.memoryPath(d.memory), Continues: d.continues, Standby: standby, Hold: hold, Progress: progress,
 	})
+	return p, err
+}
+
+// startMachine spawns a machine and gives it what is the workspace's own.
+func (h *held) startMachine(ctx context.Context, c engine.Candidate, d disk, progress func(api.Progress)) (*supervisor.Process, error) {
+	p, err := h.spawn(ctx, c, d, nil, progress)
 	if err != nil {
 		return nil, err
 	}
@@ -316,7 +323,7 @@ func (m *Manager) UpdateWorkspace(ctx context.Context, ref string, u api.Workspa
 	if err != nil {
 		return nil, fmt.Errorf("updating workspace %s: %w", label(h.Workspace), err)
 	}
-	if u.TTL != nil && hasMachine(h.Workspace) {
+	if u.TTL != nil && (hasMachine(h.Workspace) || h.PausedToDisk && supervisor.Alive(h.machine())) {
 		if err := supervisor.NewClient(h.machine()).SetExpiry(ctx, timeLeft(h.Workspace)); err != nil {
 			return nil, fmt.Errorf("telling the supervisor of workspace %s: %w", label(h.Workspace), err)
 		}

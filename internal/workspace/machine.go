@@ -32,6 +32,7 @@ type machineRequest struct {
 	TTL                        time.Duration // 0 for none
 	Network                    string        // policy; "" is off
 	Ephemeral                  bool
+	Standby                    *supervisor.Standby
 	// Hold are further files that must stay locked while the machine lives.
 	Hold     []*os.File
 	Progress func(api.Progress)
@@ -115,7 +116,7 @@ func (m *Manager) startMachine(ctx context.Context, c engine.Candidate, req mach
 		Binary: binary, Launcher: launcher, Hold: hold,
 		Config: supervisor.Config{
 			Dir: dir.Path(), Engine: c.Name(), Require: req.Require, Spec: spec,
-			NoteFile: m.state.AcceleratorFile(), TTL: req.TTL, Leased: true, Ephemeral: req.Ephemeral, Network: req.Network,
+			NoteFile: m.state.AcceleratorFile(), TTL: req.TTL, Leased: true, Ephemeral: req.Ephemeral, Standby: req.Standby, Network: req.Network,
 		},
 	})
 	return p, config, err

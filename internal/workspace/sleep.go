@@ -116,6 +116,10 @@ func (h *held) finishPause(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	failpoint.Hit("pause/asleep")
+	if err := h.standBy(ctx); err != nil {
+		h.m.log.Warn("keeping the published ports open; they come back when the workspace wakes", "workspace", h.WorkspaceID, "error", err)
+	}
+	failpoint.Hit("pause/standing-by")
 	if len(h.Layers) > compactAt {
 		err = h.compact(ctx)
 	} else {
@@ -125,6 +129,55 @@ func (h *held) finishPause(ctx context.Context) (bool, error) {
 		h.m.log.Warn("removing disk layers", "workspace", h.WorkspaceID, "error", err)
 	}
 	return true, nil
+}
+
+// standBy lets a supervisor keep the published ports open, if there are any, and
+// wake the workspace when somebody connects to one.
+func (h *held) standBy(ctx context.Context) error {
+	var ports []supervisor.PublishedPort
+	for service, published := range h.Published {
+		for _, p := range published {
+			ports = append(ports, supervisor.PublishedPort{Host: p.Host, HostPort: p.HostPort, GuestPort: p.GuestPort, Service: service})
+		}
+	}
+	if len(ports) == 0 {
+		return nil
+	}
+	c, err := h.m.candidate(ctx, h.Workspace)
+	if err != nil {
+		return err
+	}
+	if l, ok := c.Engine.(engine.Launcher); ok {
+		// The command that wakes would run in the supervisor's surroundings.
+		if words, err := l.Launcher(); err != nil || len(words) > 0 {
+			return err
+		}
+	}
+	binary, err := h.m.findBinary()
+	if err != nil {
+		return err
+	}
+	agent, err := h.m.findAgent()
+	if err != nil {
+		return err
+	}
+	p, err := h.spawn(ctx, c, h.asleep(), &supervisor.Standby{
+		Ports:   ports,
+		Command: []string{binary, "workspace", "resume", h.WorkspaceID, "--quiet"},
+		Env:     []string{"PYRO_STATE_DIR=" + h.m.state.Path(), "PYRO_CACHE_DIR=" + h.m.cacheDir, "PYRO_BINARY=" + binary, "PYRO_AGENT=" + agent},
+	}, orSilent(nil))
+	if err != nil {
+		return err
+	}
+	defer p.Release()
+	return p.Keep(ctx)
+}
+
+// asleep is the disk of a workspace that is paused to disk, with its memory.
+func (h *held) asleep() disk {
+	d := h.diskOf(h.Workspace)
+	d.memory, d.continues = h.Memory, true
+	return d
 }
 
 // wakePatience is how long a command waits for another one that wakes the
@@ -175,6 +228,7 @@ func (h *held) wake(ctx context.Context, progress func(api.Progress)) (err error
 	if lost == "" {
 		ports = h.publishAgain(ctx, p, progress)
 	}
+	failpoint.Hit("wake/published")
 	// Before the record gives the memory up.
 	if err := p.Keep(ctx); err != nil {
 		return err
@@ -213,11 +267,9 @@ const wakeAttempts = 2
 func (h *held) startAsleep(ctx context.Context, c engine.Candidate, progress func(api.Progress)) (_ *supervisor.Process, lost string, err error) {
 	d := h.diskOf(h.Workspace)
 	if err = h.m.checkMemory(ctx, h.Memory, h.MemoryDigest); err == nil {
-		goOn := d
-		goOn.memory, goOn.continues = h.Memory, true
 		for range wakeAttempts {
 			var p *supervisor.Process
-			if p, err = h.startMachine(ctx, c, goOn, progress); err == nil {
+			if p, err = h.goOn(ctx, c, progress); err == nil {
 				return p, "", nil
 			}
 			if !uselessMemory(err) || ctx.Err() != nil {
@@ -232,6 +284,9 @@ func (h *held) startAsleep(ctx context.Context, c engine.Candidate, progress fun
 	if !uselessMemory(err) {
 		return nil, "", err
 	}
+	if err := supervisor.Kill(ctx, h.machine()); err != nil { // it may stand by
+		return nil, "", err
+	}
 	p, bootErr := h.startMachine(ctx, c, d, progress)
 	if bootErr != nil {
 		return nil, "", fmt.Errorf("%w; nor does it boot: %w", err, bootErr)
@@ -240,6 +295,26 @@ func (h *held) startAsleep(ctx context.Context, c engine.Candidate, progress fun
 	h.m.log.Warn(lost, "workspace", h.WorkspaceID)
 	progress(api.Progress{Phase: "note", Message: lost})
 	return p, lost, nil
+}
+
+// goOn starts a machine from the memory, in the supervisor that stands by if one
+// does. On an error none is left.
+func (h *held) goOn(ctx context.Context, c engine.Candidate, progress func(api.Progress)) (*supervisor.Process, error) {
+	if !supervisor.Alive(h.machine()) {
+		return h.startMachine(ctx, c, h.asleep(), progress)
+	}
+	paths, seeds, err := h.m.layerPaths(ctx, h.Layers)
+	for _, sd := range seeds {
+		defer sd.Close() // the supervisor has locks of its own
+	}
+	if err != nil {
+		return nil, err
+	}
+	p, err := supervisor.NewClient(h.machine()).Wake(ctx, paths)
+	if err != nil {
+		err = errors.Join(err, supervisor.Kill(context.WithoutCancel(ctx), h.machine()))
+	}
+	return p, err
 }
 
 // uselessMemory says that err may come of the memory, and not of what passes,
@@ -260,15 +335,21 @@ func (h *held) sleepOn(ctx context.Context) error {
 	})
 }
 
-// publishAgain opens the ports of the services that go on. One that cannot be
-// had any more is left out, with a word to the user.
+// publishAgain opens the ports of the services that go on, unless they have been
+// kept open. One that cannot be had any more is left out, with a word to the
+// user.
 func (h *held) publishAgain(ctx context.Context, p *supervisor.Process, progress func(api.Progress)) map[string][]api.PublishedPort {
 	open := map[string][]api.PublishedPort{}
+	status, err := p.Client.Status(ctx)
+	kept := err == nil && len(status.Published) > 0
 	for service, ports := range h.Published {
 		if len(ports) == 0 {
 			continue
 		}
-		opened, err := publish(ctx, p.Client, service, slices.Clone(ports))
+		var err error
+		if !kept {
+			ports, err = publish(ctx, p.Client, service, slices.Clone(ports))
+		}
 		if err == nil {
 			// It closes them at once if the service has ended.
 			err = p.WatchService(ctx, service)
@@ -278,7 +359,7 @@ func (h *held) publishAgain(ctx context.Context, p *supervisor.Process, progress
 			progress(api.Progress{Phase: "note", Message: err.Error()})
 			continue
 		}
-		open[service] = opened
+		open[service] = ports
 	}
 	return open
 }

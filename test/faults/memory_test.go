@@ -1,11 +1,17 @@
 package faults_test
 
 import (
+	"fmt"
+	"io"
 	"io/fs"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/pyro-mcp/pyro/api"
 )
@@ -187,6 +193,76 @@ func TestForgottenSleep(t *testing.T) {
 	fallAsleep(l)
 	for _, name := range []string{"w", "disk", "full"} {
 		l.ok("workspace", "delete", name)
+	}
+	l.check()
+}
+
+// TestSleepingPort connects to the published port of a workspace that is paused to
+// disk, which wakes it, also after the supervisor that stands by was killed.
+func TestSleepingPort(t *testing.T) {
+	thoroughOnly(t)
+	l := newLab(t)
+	l.needMemory()
+	l.ok(append(l.createArgs("w"), "--network-policy", api.NetworkEgressPublishing)...)
+	var service api.Service
+	l.json(&service, "workspace", "service", "start", "w", "web", "--publish", "8000", "--ready-tcp", "127.0.0.1:8000", "--json",
+		"--", "python3", "-m", "http.server", "8000")
+	url := fmt.Sprintf("http://127.0.0.1:%d/seeded", service.PublishedPorts[0].HostPort)
+	get := func() (string, error) {
+		// Each its own connection: one that was kept is broken by a pause.
+		client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: within(time.Minute)}
+		res, err := client.Get(url)
+		if err != nil {
+			return "", err
+		}
+		defer res.Body.Close()
+		b, err := io.ReadAll(res.Body)
+		return string(b), err
+	}
+	mustGet := func() {
+		t.Helper()
+		if got, err := get(); err != nil || got != "from the seed\n" {
+			t.Errorf("the service says %q, %v", got, err)
+		}
+	}
+	asleep := func() {
+		t.Helper()
+		l.ok("workspace", "pause", "w", "--to-disk")
+		if ws := l.status("w"); !ws.PausedToDisk {
+			t.Fatalf("not asleep: %+v", ws)
+		}
+	}
+	mustGet()
+	asleep()
+	var all sync.WaitGroup
+	for range 10 {
+		all.Go(mustGet)
+	}
+	all.Wait()
+	if ws := l.status("w"); ws.State != api.StateStarted || ws.RunningServiceCount != 1 {
+		t.Errorf("after a connection: %+v", ws)
+	}
+	asleep()
+	l.exec("w", "true")
+	mustGet()
+	asleep()
+	if err := l.supervisorOf("w").Kill(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	l.eventually(within(5*time.Second), "the port is closed", func() bool { _, err := get(); return err != nil })
+	l.check()
+	if !l.status("w").PausedToDisk {
+		t.Error("killing the supervisor that stands by has woken it")
+	}
+	l.exec("w", "true")
+	mustGet()
+	asleep()
+	// Nobody but the supervisor that stands by can do this.
+	l.ok("workspace", "update", "w", "--ttl-seconds", "1")
+	_, rec := l.machineOf("w")
+	l.eventually(within(20*time.Second), "the supervisor has ended", func() bool { return !rec.Supervisor.Alive() })
+	if left, _ := filepath.Glob(filepath.Join(l.state, "layers", "*.memory")); len(left) > 0 {
+		t.Errorf("an expired workspace has left %q", left)
 	}
 	l.check()
 }
