@@ -44,8 +44,8 @@ lint: ## gofmt, go vet, staticcheck, errcheck
 	go tool staticcheck ./...
 	go tool errcheck -ignoretests -exclude .errcheck ./...
 
-bench: ## measure: prints ratios against something named, takes minutes
-	go test -run '^$$' -bench . -benchtime 1x -timeout 60m ./bench/
+bench: build ## measure against something named, write docs/performance.md: 25 minutes
+	go test -run '^$$' -bench . -benchtime 1x -timeout 60m ./bench/ | go run ./bench/page -o docs/performance.md
 
 fuzz: ## fuzz every decoder for FUZZTIME each (default 30s)
 	@set -e; for pkg in $$(go list ./...); do \

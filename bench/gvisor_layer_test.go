@@ -16,6 +16,8 @@ import (
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
+//page:topic 3 gVisor: snapshots and layers of the disk
+
 // onDisk starts a sandbox on a disk and returns when its first command has ended.
 func (f *gvisorFixture) onDisk(b *testing.B, disk string, layers []string) (machine engine.Machine, sh func(script string)) {
 	b.Helper()
@@ -40,6 +42,8 @@ func (f *gvisorFixture) onDisk(b *testing.B, disk string, layers []string) (mach
 // BenchmarkGvisorSnapshotDisk freezes the disk of a running sandbox with so much
 // on it. The reference is a copy of the disk's image by cp and sync, which keeps
 // nobody from writing meanwhile and is not recovered.
+//
+//page:row freezing a running disk
 func BenchmarkGvisorSnapshotDisk(b *testing.B) {
 	for _, mib := range []int{1, 100, 1000} {
 		b.Run(fmt.Sprintf("%dMiB", mib), func(b *testing.B) {
@@ -72,6 +76,8 @@ func BenchmarkGvisorSnapshotDisk(b *testing.B) {
 
 // BenchmarkGvisorStartOnLayers starts a sandbox on so many layers with a MiB in
 // each, up to the end of its first command. The reference is a start on the image.
+//
+//page:row start on layers
 func BenchmarkGvisorStartOnLayers(b *testing.B) {
 	for _, count := range []int{20, 130} {
 		b.Run(strconv.Itoa(count), func(b *testing.B) {

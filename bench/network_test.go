@@ -27,11 +27,9 @@ import (
 	"github.com/pyro-mcp/pyro/test/netns"
 )
 
-// The reference of the network's benchmarks is this process connecting to the
-// same server in the same network namespace, over the same pair of devices.
-
-// engineVariable names the engine: qemu or gvisor.
-const engineVariable = "PYRO_TEST_ENGINE"
+//page:topic 7 Network of a guest
+// The reference is a process of the host that connects to the same server in the
+// same network namespace, over the same pair of devices.
 
 // networked is a guest with egress, and a server outside.
 type networked struct {
@@ -43,16 +41,14 @@ type networked struct {
 // newNetworked starts both. The server answers each connection's first line:
 // "get N" with N bytes, "put N" with a line once N bytes have come, and
 // anything else with that line.
-func newNetworked(b *testing.B) *networked {
+func newNetworked(b *testing.B, name string) *networked {
 	b.Helper()
 	var e engine.Engine
-	switch name := os.Getenv(engineVariable); name {
+	switch name {
 	case qemu.Name:
 		e = qemu.New(qemu.Options{Accel: os.Getenv("PYRO_QEMU_ACCEL")})
 	case gvisor.Name:
 		e = gvisor.New(gvisor.Options{Runtime: program("pyro-runsc")})
-	default:
-		b.Skipf("runs with %s=qemu or gvisor", engineVariable)
 	}
 	caps := e.Probe(b.Context())
 	testenv.Require(b, e.Name(), caps.Available, caps.Detail)
@@ -207,22 +203,27 @@ func (n *networked) direct(b *testing.B, verb string, count int) time.Duration {
 
 const networkBytes = 128 << 20
 
-func (n *networked) compare(b *testing.B, verb string, count int) {
-	compare(b, 5, func() time.Duration { return n.inGuest(b, verb, count) }, func() time.Duration { return n.direct(b, verb, count) })
+// compareNetwork does the same in a guest of each engine and directly.
+func compareNetwork(b *testing.B, verb string, count int) {
+	for _, engine := range []string{gvisor.Name, qemu.Name} {
+		b.Run(engine, func(b *testing.B) {
+			n := newNetworked(b, engine)
+			compare(b, 5, func() time.Duration { return n.inGuest(b, verb, count) }, func() time.Duration { return n.direct(b, verb, count) })
+		})
+	}
 }
 
-func BenchmarkNetworkDownload(b *testing.B) {
-	newNetworked(b).compare(b, "get", networkBytes)
-	b.ReportMetric(networkBytes>>20, "MiB")
-}
+// BenchmarkNetworkDownload reads 128 MiB from the server.
+//
+//page:row 128 MiB to the guest
+func BenchmarkNetworkDownload(b *testing.B) { compareNetwork(b, "get", networkBytes) }
 
-func BenchmarkNetworkUpload(b *testing.B) {
-	newNetworked(b).compare(b, "put", networkBytes)
-	b.ReportMetric(networkBytes>>20, "MiB")
-}
+// BenchmarkNetworkUpload writes 128 MiB to the server.
+//
+//page:row 128 MiB from the guest
+func BenchmarkNetworkUpload(b *testing.B) { compareNetwork(b, "put", networkBytes) }
 
-func BenchmarkNetworkConnect(b *testing.B) {
-	const connections = 200
-	newNetworked(b).compare(b, "connect", connections)
-	b.ReportMetric(connections, "connections")
-}
+// BenchmarkNetworkConnect makes 200 connections, one after the other.
+//
+//page:row 200 connections
+func BenchmarkNetworkConnect(b *testing.B) { compareNetwork(b, "connect", 200) }

@@ -16,6 +16,8 @@ import (
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
+//page:topic 5 QEMU: snapshots and layers of the disk
+
 // onDisk starts a machine on a disk, this process being its supervisor, and
 // waits for its guest.
 func (f *fixture) onDisk(b *testing.B, disk string, layers []string) (*guest, engine.Machine) {
@@ -43,6 +45,8 @@ func (g *guest) write(b *testing.B, name string) {
 // BenchmarkQEMUSnapshotDisk freezes the disk of a running machine. The reference
 // is the same machine started by hand, told on its monitor to do the same by
 // itself, with paths: no confinement, nothing flushed to the host's disk.
+//
+//page:row freezing a running disk
 func BenchmarkQEMUSnapshotDisk(b *testing.B) {
 	f := newFixture(b)
 	dir := b.TempDir()
@@ -101,6 +105,8 @@ func tell(b *testing.B, w io.Writer, answers *bufio.Reader, command string, args
 
 // BenchmarkQEMUStartOnLayers starts a machine on twenty layers with a MiB in
 // each, up to its agent's first answer. The reference is a start on the image.
+//
+//page:row start on twenty layers
 func BenchmarkQEMUStartOnLayers(b *testing.B) {
 	f := newFixture(b)
 	dir := b.TempDir()

@@ -26,16 +26,21 @@ import (
 	"github.com/pyro-mcp/pyro/internal/testenv"
 )
 
-// The reference here is the same QEMU, kernel, initramfs and image, started
+//page:topic 4 QEMU: start and commands
+// The reference is the same QEMU, kernel, initramfs and image, started
 // with the command line that a person would write, and spoken to over its
 // serial port by this process: no supervisor, no socket in between, no
 // confinement.
 
+// BenchmarkQEMUColdStartToFirstOutput runs echo by pyro run, up to the first
+// byte that it prints, in a guest that has to boot.
+//
+//page:row cold start to first output
 func BenchmarkQEMUColdStartToFirstOutput(b *testing.B) {
 	f := newFixture(b)
 	compare(b, 9, func() time.Duration {
 		cmd := exec.Command(program("pyro"), "run", "--quiet", "--engine", "qemu", "debian:12", "--", "echo", "up")
-		cmd.Env = append(os.Environ(), "PYRO_STATE_DIR="+filepath.Join(b.TempDir(), "state"))
+		cmd.Env = append(os.Environ(), "PYRO_WARM=off", "PYRO_STATE_DIR="+filepath.Join(b.TempDir(), "state"))
 		out, err := cmd.StdoutPipe()
 		check(b, err)
 		began := time.Now()
@@ -58,6 +63,9 @@ func BenchmarkQEMUColdStartToFirstOutput(b *testing.B) {
 	})
 }
 
+// BenchmarkQEMUExecTrue runs true in a running machine, through the supervisor.
+//
+//page:row one command in a running machine
 func BenchmarkQEMUExecTrue(b *testing.B) {
 	f := newFixture(b)
 	ours, theirs := f.supervised(b), f.byHand(b)
@@ -66,22 +74,26 @@ func BenchmarkQEMUExecTrue(b *testing.B) {
 	compare(b, 30, func() time.Duration { return ours.execTrue(b) }, func() time.Duration { return theirs.execTrue(b) })
 }
 
+// BenchmarkQEMUStreamOut reads 64 MiB from a command's standard output.
+//
+//page:row 64 MiB of output
 func BenchmarkQEMUStreamOut(b *testing.B) {
 	f := newFixture(b)
 	ours, theirs := f.supervised(b), f.byHand(b)
 	defer ours.end()
 	defer theirs.end()
 	compare(b, 5, func() time.Duration { return ours.streamOut(b) }, func() time.Duration { return theirs.streamOut(b) })
-	b.ReportMetric(streamSize>>20, "MiB")
 }
 
+// BenchmarkQEMUStreamIn writes 64 MiB to a command's standard input.
+//
+//page:row 64 MiB of input
 func BenchmarkQEMUStreamIn(b *testing.B) {
 	f := newFixture(b)
 	ours, theirs := f.supervised(b), f.byHand(b)
 	defer ours.end()
 	defer theirs.end()
 	compare(b, 5, func() time.Duration { return ours.streamIn(b) }, func() time.Duration { return theirs.streamIn(b) })
-	b.ReportMetric(streamSize>>20, "MiB")
 }
 
 const streamSize = 64 << 20

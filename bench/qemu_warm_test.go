@@ -11,9 +11,14 @@ import (
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
+//page:topic 4 QEMU: warm starts
+
 // BenchmarkQEMUWarmStartToFirstExec starts a machine from a template, up to the
 // end of its first command. The reference is the same machine booting. Since they
 // are alternately measured, a busy host slows both down.
+//
+//page:row start to first command
+//page:aim ratio <= 0.125
 func BenchmarkQEMUWarmStartToFirstExec(b *testing.B) {
 	f := newFixture(b)
 	templates := b.TempDir()

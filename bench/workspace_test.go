@@ -20,8 +20,9 @@ import (
 	"github.com/pyro-mcp/pyro/internal/testenv"
 )
 
-// What workspaces cost, as whole processes of the command line, because that is
-// what people and agents wait for.
+//page:topic 1 Workspaces
+// Times are those of whole commands, because that is what people and agents wait
+// for.
 
 // A desk runs pyro with a state directory of its own.
 type desk struct {
@@ -116,7 +117,10 @@ var seedFiles = map[string]int{"gvisor": 10_000, "qemu": 1000}
 
 // BenchmarkWorkspaceCreateSeeded creates a workspace from a tree that pyro has
 // not seen before, and from one that it has. The reference is an empty workspace
-// into which tar is piped: no copy on the host, and so no diff.
+// into which tar is piped: no copy on the host, and so no diff. The tree has
+// 10,000 files and 100 MB, with QEMU 1,000 files and 10 MB.
+//
+//page:row creating a workspace from a tree
 func BenchmarkWorkspaceCreateSeeded(b *testing.B) {
 	for _, engine := range []string{"gvisor", "qemu"} {
 		b.Run(engine, func(b *testing.B) {
@@ -163,6 +167,8 @@ func BenchmarkWorkspaceCreateSeeded(b *testing.B) {
 
 // BenchmarkWorkspaceDiff shows 100 changes in such a tree. The reference is git
 // diff in the same guest, with an index that it has just refreshed.
+//
+//page:row diff of 100 changes
 func BenchmarkWorkspaceDiff(b *testing.B) {
 	for _, engine := range []string{"gvisor", "qemu"} {
 		b.Run(engine, func(b *testing.B) {
@@ -184,6 +190,8 @@ func BenchmarkWorkspaceDiff(b *testing.B) {
 
 // BenchmarkWorkspaceEnvironment does what must not depend on the size of the
 // environment, with debian:12; the reference is the same with debian:12-base.
+//
+//page:row a larger environment
 func BenchmarkWorkspaceEnvironment(b *testing.B) {
 	for _, engine := range []string{"gvisor", "qemu"} {
 		b.Run(engine, func(b *testing.B) {
@@ -227,6 +235,8 @@ func BenchmarkWorkspaceEnvironment(b *testing.B) {
 
 // BenchmarkWorkspaceList lists 500 workspaces. The reference is the same with
 // one.
+//
+//page:row listing 500 workspaces
 func BenchmarkWorkspaceList(b *testing.B) {
 	many, one := listed(b, 500), listed(b, 1)
 	compare(b, 21, func() time.Duration { return many.timed("workspace", "list", "--json") },
@@ -261,19 +271,22 @@ func listed(b *testing.B, count int) *desk {
 }
 
 // BenchmarkWorkspaceExec runs true in a workspace. The references are a runsc
-// exec by hand, a run in a guest of its own, and the same without a guest.
+// exec by hand, a run in a guest of its own, and the same without a guest, on
+// engine host.
+//
+//page:row one command in a workspace, against
 func BenchmarkWorkspaceExec(b *testing.B) {
 	d := newDesk(b, "gvisor")
 	id := d.create("debian:12")
 	ours := func() time.Duration { return d.timed("workspace", "exec", id, "--quiet", "--", "true") }
-	b.Run("runsc", func(b *testing.B) {
+	b.Run("runsc exec", func(b *testing.B) {
 		theirs := newGvisorFixture(b).theirs(b, "memory")
 		compare(b, 21, ours, timed(theirs, "true"))
 	})
-	b.Run("run", func(b *testing.B) {
+	b.Run("pyro run", func(b *testing.B) {
 		compare(b, 9, ours, func() time.Duration { return d.timed("run", "--quiet", "debian:12", "--", "true") })
 	})
-	b.Run("host", func(b *testing.B) {
+	b.Run("no guest", func(b *testing.B) {
 		h := newHostDesk(b)
 		id := h.create("debian:12", "--allow-host-compat")
 		compare(b, 21, ours, func() time.Duration { return h.timed("workspace", "exec", id, "--quiet", "--", "true") })
@@ -298,6 +311,8 @@ const idle = 30 * time.Second
 // BenchmarkWorkspaceIdle watches what a started workspace costs while nothing
 // happens in it: the supervisor beside the rest of the machine, which is the
 // reference.
+//
+//page:row 30 s of doing nothing
 func BenchmarkWorkspaceIdle(b *testing.B) {
 	for _, engine := range []string{"gvisor", "qemu"} {
 		b.Run(engine, func(b *testing.B) {
@@ -310,10 +325,10 @@ func BenchmarkWorkspaceIdle(b *testing.B) {
 				time.Sleep(idle)
 				after, besides := used(supervisor), used(machine...)
 				b.ReportMetric(0, "ns/op")
-				b.ReportMetric(after.mib, "pyro-MiB")
-				b.ReportMetric(ms(after.cpu-before.cpu), "pyro-cpu-ms")
-				b.ReportMetric(besides.mib, "reference-MiB")
-				b.ReportMetric(ms(besides.cpu-beside.cpu), "reference-cpu-ms")
+				b.ReportMetric(after.mib, "pyro-memory-MiB")
+				b.ReportMetric(ms(after.cpu-before.cpu), "pyro-processor-ms")
+				b.ReportMetric(besides.mib, "reference-memory-MiB")
+				b.ReportMetric(ms(besides.cpu-beside.cpu), "reference-processor-ms")
 			}
 		})
 	}
