@@ -52,6 +52,7 @@ func Run(t *testing.T, s Subject) {
 		{"SnapshotDisk", testSnapshotDisk},
 		{"ManySnapshots", testManySnapshots},
 		{"SnapshotWhileWriting", testSnapshotWhileWriting},
+		{"SaveWhileWriting", testSaveWhileWriting},
 		{"SnapshotRefused", testSnapshotRefused},
 		{"SnapshotThenKilled", testSnapshotThenKilled},
 		{"KilledWhileFreezing", testKilledWhileFreezing},

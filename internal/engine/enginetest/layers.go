@@ -18,6 +18,7 @@ import (
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
+	"github.com/pyro-mcp/pyro/internal/testenv"
 )
 
 // A Stack is a machine's disk as its caller keeps book of it: the writable
@@ -48,9 +49,28 @@ func (s *Stack) Snapshot(t *testing.T, g *Guest, spare string) (frozen []string)
 	if err != nil {
 		t.Fatalf("SnapshotDisk: %v", err)
 	}
+	return s.froze(t, layer, spare)
+}
+
+// Save is Snapshot with g's memory as of the same instant.
+func (s *Stack) Save(t *testing.T, g *Guest, spare, memory string) (frozen []string) {
+	t.Helper()
+	layer, err := g.Machine.(engine.FullSnapshotter).SnapshotFull(g.within(t, 60*time.Second), spare, memory)
+	if err != nil {
+		t.Fatalf("SnapshotFull: %v", err)
+	}
+	if _, err := os.Lstat(memory); err != nil {
+		t.Fatalf("after SnapshotFull: %v", err)
+	}
+	return s.froze(t, layer, spare)
+}
+
+// froze keeps book of what a snapshot has made.
+func (s *Stack) froze(t *testing.T, layer, spare string) (frozen []string) {
+	t.Helper()
 	for _, path := range []string{s.Disk, spare} {
 		if _, err := os.Lstat(path); err != nil {
-			t.Fatalf("after SnapshotDisk: %v", err)
+			t.Fatalf("after the snapshot: %v", err)
 		}
 	}
 	frozen = append(slices.Clone(s.Layers), layer)
@@ -59,7 +79,7 @@ func (s *Stack) Snapshot(t *testing.T, g *Guest, spare string) (frozen []string)
 		s.Layers, s.Disk = frozen, spare
 	case spare:
 	default:
-		t.Fatalf("SnapshotDisk froze %s, which is neither the disk nor the spare", layer)
+		t.Fatalf("the snapshot froze %s, which is neither the disk nor the spare", layer)
 	}
 	return frozen
 }
@@ -183,10 +203,13 @@ done`
 
 func record(i int) string { return fmt.Sprintf("%08d:%0300d:%08d", i, i, i) }
 
-func testSnapshotWhileWriting(t *testing.T, s Subject) {
-	g, stack := bootFreezable(t, s)
+// startWriter runs the writer in g. until returns when it has said that a record
+// of at least that number is on the disk, with the last it has; last is sent the
+// last one ever when the machine has ended.
+func startWriter(t *testing.T, g *Guest) (until func(least int) int, last chan int) {
+	t.Helper()
 	said := make(chan int)
-	last := make(chan int, 1) // the last one ever said
+	last = make(chan int, 1)
 	out, in := io.Pipe()
 	go func() {
 		n := 0
@@ -206,8 +229,9 @@ func testSnapshotWhileWriting(t *testing.T, s Subject) {
 		_, err := g.Client.Exec(context.WithoutCancel(t.Context()), guestproto.ExecRequest{Command: records}, guestclient.ExecIO{Stdout: in})
 		in.CloseWithError(err)
 	}()
-	until := func(least int) (n int) {
-		deadline := g.within(t, 10*time.Second)
+	return func(least int) (n int) {
+		t.Helper()
+		deadline := g.within(t, 20*time.Second)
 		for n < least {
 			select {
 			case n = <-said:
@@ -216,8 +240,12 @@ func testSnapshotWhileWriting(t *testing.T, s Subject) {
 			}
 		}
 		return n
-	}
+	}, last
+}
 
+func testSnapshotWhileWriting(t *testing.T, s Subject) {
+	g, stack := bootFreezable(t, s)
+	until, last := startWriter(t, g)
 	before := until(20)
 	frozen := stack.Snapshot(t, g, NewStack(t).Disk)
 	until(until(before+1) + 20)
@@ -232,6 +260,45 @@ func testSnapshotWhileWriting(t *testing.T, s Subject) {
 	on.end(t)
 	again := Boot(t, s, stack.spec)
 	wantRecords(t, again, all)
+}
+
+// saves is how often a machine is saved in a row, where somebody has asked for
+// all that there is.
+const saves = 100
+
+// testSaveWhileWriting saves a machine again and again while it writes records for
+// a caller, and starts a copy of each: what was acknowledged before is in every
+// one, whole, and the machine writes on undisturbed.
+func testSaveWhileWriting(t *testing.T, s Subject) {
+	g, stack := bootFreezable(t, s)
+	if _, ok := g.Machine.(engine.FullSnapshotter); !ok {
+		t.Skipf("engine %s does not save a machine's memory", s.Engine.Name())
+	}
+	rounds := 3
+	if testenv.Wanted("faults") {
+		rounds = saves
+	}
+	until, last := startWriter(t, g)
+	n := 0
+	for range rounds {
+		n = until(n + 20)
+		dir := t.TempDir()
+		memory := filepath.Join(dir, "memory")
+		frozen := stack.Save(t, g, filepath.Join(dir, "spare"), memory)
+		on := stack.On(t, frozen...)
+		c := Boot(t, s, func(m *engine.MachineSpec) { on.spec(m); m.Memory = memory })
+		wantRecords(t, c, n)
+		if err := errors.Join(c.Stop(t.Context(), 0), os.RemoveAll(on.Disk), os.RemoveAll(memory)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	until(n + 20)
+	if err := g.Stop(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	all := <-last
+	t.Logf("%d records in all", all)
+	wantRecords(t, Boot(t, s, stack.spec), all)
 }
 
 // wantRecords wants the first n records whole, and after them none that is

@@ -17,6 +17,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/guestconn"
 	"github.com/pyro-mcp/pyro/internal/statedir"
@@ -81,6 +82,7 @@ func (m *machine) SnapshotFull(ctx context.Context, spare, memory string) (froze
 				return err
 			}
 			saved = time.Since(begin)
+			failpoint.Hit("supervise-save/still")
 			return f()
 		})
 	})
@@ -88,6 +90,7 @@ func (m *machine) SnapshotFull(ctx context.Context, spare, memory string) (froze
 		return "", fmt.Errorf("saving the machine: %w", err)
 	}
 	err = writeImageRecord(tmp, imageRecord{Format: imageFormat, Runtime: identity, Token: m.token, IDs: m.ids})
+	failpoint.Hit("supervise-save/written")
 	if err == nil {
 		err = publishDir(tmp, memory, m.ephemeral)
 	}
@@ -319,21 +322,22 @@ func (r runsc) readImageRecord(dir string) (imageRecord, error) {
 }
 
 // publishDir gives the directory that is complete at tmp its name, after what is
-// in it has reached the disk.
+// in it has become its owner's alone and has reached the disk.
 func publishDir(tmp, name string, ephemeral bool) error {
 	entries, err := os.ReadDir(tmp)
 	if err != nil {
 		return err
 	}
 	for _, e := range entries {
-		if ephemeral {
-			break
-		}
 		f, err := os.Open(filepath.Join(tmp, e.Name()))
 		if err != nil {
 			return err
 		}
-		if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		err = f.Chmod(0o600)
+		if err == nil && !ephemeral {
+			err = f.Sync()
+		}
+		if err := errors.Join(err, f.Close()); err != nil {
 			return err
 		}
 	}

@@ -75,7 +75,7 @@ func TestWithoutRoot(t *testing.T) {
 				"TestSharedLayer|TestSeedLayer|TestEveryLayerCounts|TestSnapshotHasWhatWasFlushed|TestSnapshotOfPaused|TestSnapshotGivenUp|TestKillSupervisorFreezing|"+
 				"TestSaveWhileCommandsRun|TestSaveOpenFiles|TestSaveGivenUp|TestStartFromBadImage)$")},
 		{"suite", append(slices.Clone(launch), filepath.Join(dir, "test"), "-test.v", "-test.run",
-			"^TestSuite$/^(DiskElsewhere|SnapshotDisk|ManySnapshots|SnapshotWhileWriting|SnapshotRefused|SnapshotThenKilled|KilledWhileFreezing)$")},
+			"^TestSuite$/^(DiskElsewhere|SnapshotDisk|ManySnapshots|SnapshotWhileWriting|SaveWhileWriting|SnapshotRefused|SnapshotThenKilled|KilledWhileFreezing)$")},
 	} {
 		t.Run(run.name, func(t *testing.T) {
 			cmd := exec.Command(run.argv[0], run.argv[1:]...)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/statedir"
 )
@@ -48,6 +49,7 @@ func (m *machine) SnapshotFull(ctx context.Context, spare, memory string) (froze
 	if frozen, err = m.SnapshotDisk(ctx, spare); err != nil {
 		return frozen, err
 	}
+	failpoint.Hit("supervise-save/still")
 	if err := m.saveAll(ctx, memory); err != nil {
 		return frozen, fmt.Errorf("saving the machine's memory: %w", err)
 	}
@@ -85,6 +87,7 @@ func (m *machine) saveAll(ctx context.Context, path string) (err error) {
 	if err := m.awaitMigration(ctx); err != nil {
 		return err
 	}
+	failpoint.Hit("supervise-save/written")
 	if err := errors.Join(f.Sync(), os.Rename(tmp, path)); err != nil {
 		return err
 	}
