@@ -86,9 +86,7 @@ type supervisor struct {
 // the machine ended because its time to live was over, the state directory in
 // which it is for others to draw the consequences.
 func Main(engines func(noteFile string, log *slog.Logger) []engine.Engine) (status int, expiredIn string) {
-	// Many of these run: keep little garbage, and give freed memory back.
-	debug.SetGCPercent(50)
-	debug.SetMemoryLimit(48 << 20)
+	time.AfterFunc(thriftDelay, thrift)
 	resultPipe := os.NewFile(fdResult, "result")
 	cfg, err := readConfig()
 	if err != nil {
@@ -115,6 +113,18 @@ func Main(engines func(noteFile string, log *slog.Logger) []engine.Engine) (stat
 		unix.Close(fdLock)
 	}
 	return status, expiredIn
+}
+
+// thriftDelay is how long a supervisor does not collect its garbage often: a
+// start makes more than all that comes after it, and should not wait for it.
+const thriftDelay = 2 * time.Second
+
+// thrift makes this process keep little garbage and give freed memory back: many
+// of them run.
+func thrift() {
+	debug.SetGCPercent(50)
+	debug.SetMemoryLimit(48 << 20)
+	debug.FreeOSMemory()
 }
 
 func readConfig() (Config, error) {
