@@ -16,7 +16,7 @@ import (
 	"github.com/pyro-mcp/pyro/test/build"
 )
 
-//page:topic 6 Looking into a disk without running or mounting it
+//page:topic 7 Looking into a disk without running or mounting it
 
 // The tree of BenchmarkDiskList: 10,000 files in 250 directories, with one
 // symlink in each.

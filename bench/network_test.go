@@ -27,7 +27,7 @@ import (
 	"github.com/pyro-mcp/pyro/test/netns"
 )
 
-//page:topic 7 Network of a guest
+//page:topic 8 Network of a guest
 // The reference is a process of the host that connects to the same server in the
 // same network namespace, over the same pair of devices.
 
