@@ -36,10 +36,10 @@ func (c ImageConfig) Environ(over map[string]string) map[string]string {
 	return out
 }
 
-// RunsAsRoot reports whether commands run as the guest's root, as they do where
-// the image names no user.
-func (c ImageConfig) RunsAsRoot() bool {
-	name, group, _ := strings.Cut(c.User, ":")
+// IsRoot reports whether a guest's user, as CheckUser takes it, is its root; ""
+// is, as in an image that names none.
+func IsRoot(user string) bool {
+	name, group, _ := strings.Cut(user, ":")
 	isRoot := func(s string) bool { return s == "" || s == "0" || s == "root" }
 	return isRoot(name) && isRoot(group)
 }

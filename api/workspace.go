@@ -38,7 +38,10 @@ type Workspace struct {
 	Name        *string           `json:"name"`
 	Labels      map[string]string `json:"labels"`
 	Environment string            `json:"environment"`
-	State       WorkspaceState    `json:"state"`
+	// User is who its commands run as and whose its files are, as in an image's
+	// configuration; "" for the guest's root.
+	User  string         `json:"user,omitempty"`
+	State WorkspaceState `json:"state"`
 	// PausedToDisk says of a paused workspace that its memory is on the disk.
 	PausedToDisk  bool      `json:"paused_to_disk"`
 	Engine        string    `json:"engine"`

@@ -213,6 +213,11 @@ func (a *app) printWorkspace(ws *api.Workspace) error {
 	}
 	rows = append(rows,
 		[2]string{"environment", ws.Environment},
+	)
+	if ws.User != "" {
+		rows = append(rows, [2]string{"user", ws.User})
+	}
+	rows = append(rows,
 		[2]string{"engine", fmt.Sprintf("%s (%s)", ws.Engine, ws.Isolation)},
 		[2]string{"size", fmt.Sprintf("%d vCPU, %d MiB memory, %d MiB disk", ws.VCPUCount, ws.MemMiB, ws.DiskMiB)},
 		[2]string{"network", ws.NetworkPolicy},

@@ -114,5 +114,5 @@ func userOf(ws *store.Workspace, given string) (string, error) {
 			return "", err
 		}
 	}
-	return cmp.Or(given, ws.Image.User), refuseUser(ws.Isolation, given)
+	return cmp.Or(given, ws.User), refuseUser(ws.Isolation, given)
 }

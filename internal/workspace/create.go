@@ -255,7 +255,7 @@ func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Sourc
 	err = h.update(ctx, func(ws *store.Workspace) error {
 		if image != nil {
 			ws.EnvironmentDigest, ws.Image = image.Digest, image.Config
-			ws.Image.User = cmp.Or(req.User, ws.Image.User)
+			ws.User = cmp.Or(req.User, image.Config.User)
 			if ws.DiskMiB == 0 {
 				ws.DiskMiB = image.DiskMiB
 			}
@@ -264,7 +264,7 @@ func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Sourc
 			ws.WorkspaceSeed, ws.SeedDigest = sd.Info, sd.Digest
 			// Only the guest can say what its user's name means: it makes the
 			// files of one that is not root.
-			if seedIsLayer = c.SeedLayer && ws.Image.RunsAsRoot(); seedIsLayer {
+			if seedIsLayer = c.SeedLayer && api.IsRoot(ws.User); seedIsLayer {
 				ws.Layers = []string{seedLayer(sd.Digest)}
 			}
 		}
@@ -275,8 +275,8 @@ func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Sourc
 	}
 	failpoint.Hit("create/described")
 	d := h.diskOf(h.Workspace)
-	if !h.Image.RunsAsRoot() {
-		d.owner = h.Image.User
+	if !api.IsRoot(h.User) {
+		d.owner = h.User
 	}
 	p, err := h.startMachine(ctx, c, d, req.Progress)
 	if err != nil {

@@ -107,7 +107,7 @@ func fill(r *api.RunRequest, defaultEngine string) error {
 // says.
 func runCommand(ctx context.Context, p *supervisor.Process, req api.RunRequest, image api.ImageConfig) (*api.ExecResult, error) {
 	client := guestclient.New(p.DialGuest, guestclient.Options{Patience: patience(p.Status.TimeScale)})
-	if !image.RunsAsRoot() {
+	if !api.IsRoot(image.User) {
 		if err := client.OwnWorkspace(ctx, image.User); err != nil {
 			return nil, err
 		}
