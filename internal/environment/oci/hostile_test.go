@@ -23,6 +23,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/environment/oci"
+	"github.com/pyro-mcp/pyro/internal/testenv"
 )
 
 // TestHostileLayers: each is refused, or makes a tree that holds nothing but
@@ -127,16 +128,23 @@ func rawArchive(t *testing.T, entries ...entry) []byte {
 		// As the writer knows no such record, the header that holds them is
 		// made of that of a file.
 		b := archive(t, file("pax", records.String()), file(e.name, e.content))
-		b[156] = tar.TypeXHeader
-		copy(b[148:], "        ")
-		sum := 0
-		for _, c := range b[:512] {
-			sum += int(c)
-		}
-		copy(b[148:], fmt.Sprintf("%06o\x00 ", sum))
+		retype(b[:512], tar.TypeXHeader, int64(records.Len()))
 		return b
 	}
 	return archive(t, entries...)
+}
+
+// retype changes what a header says, with the checksum that it then has: POSIX
+// ustar, pax(1).
+func retype(header []byte, kind byte, size int64) {
+	header[156] = kind
+	copy(header[124:], fmt.Sprintf("%011o\x00", size))
+	copy(header[148:], "        ")
+	sum := 0
+	for _, c := range header {
+		sum += int(c)
+	}
+	copy(header[148:], fmt.Sprintf("%06o\x00 ", sum))
 }
 
 // TestBomb: what unpacks to far more than allowed is given up early.
@@ -232,6 +240,10 @@ func TestHostileManifests(t *testing.T) {
 		{"UserOverflows", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.User = "4294967296" }), api.ErrInvalid, "user"},
 		{"UserNegative", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.User = "-1:0" }), api.ErrInvalid, "user"},
 		{"UserWithBreak", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.User = "root\nx:0" }), api.ErrInvalid, "user"},
+		{"UserWithTwoColons", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.User = "a:b:c" }), api.ErrInvalid, "more than one colon"},
+		{"UserWithoutName", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.User = ":0" }), api.ErrInvalid, "a name is empty"},
+		{"GroupOverflows", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.User = "app:18446744073709551616" }), api.ErrInvalid, "the largest id"},
+		{"UserLong", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.User = strings.Repeat("u", 257) }), api.ErrInvalid, "longer than 256"},
 		{"WorkingDirLeaves", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.WorkingDir = "/a/../../etc" }), api.ErrInvalid, "working directory"},
 		{"WorkingDirLong", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.WorkingDir = "/" + strings.Repeat("x", 5000) }), api.ErrInvalid, "working directory"},
 		{"WorkingDirInAFile", withConfig(t, good, func(c *v1.ConfigFile) { c.Config.WorkingDir = "/f/x" }), api.ErrInvalid, "working directory"},
@@ -486,3 +498,64 @@ func TestRedirect(t *testing.T) {
 }
 
 var _ v1.Image = changed{}
+
+// TestSparse: a few kilobytes that stand for a TiB, in each of the ways in which
+// GNU tar writes holes.
+func TestSparse(t *testing.T) {
+	testenv.RequireTools(t, "tar", "tar", "truncate")
+	for _, format := range []string{"--format=gnu", "--format=pax --sparse-version=0.0", "--format=pax --sparse-version=0.1", "--format=pax --sparse-version=1.0"} {
+		t.Run(format, func(t *testing.T) {
+			dir := t.TempDir()
+			shell(t, dir, "truncate -s 1T f && tar -S "+format+" -cf layer.tar f")
+			text, err := os.ReadFile(filepath.Join(dir, "layer.tar"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			s, p := newServer(t), newPuller(t)
+			_, _, err = build(t.Context(), t, p, s.push(t, "sparse", imageOf(t, v1.Config{}, rawLayer(t, text))))
+			if !errors.Is(err, api.ErrUnsupported) || !strings.Contains(err.Error(), "sparse") {
+				t.Errorf("got %v (%s)", err, api.Code(err))
+			}
+		})
+	}
+}
+
+// TestTwoSizes: an entry has another size in its extended header than in its
+// own, and its content is an archive for whoever believes the wrong one
+// (CVE-2025-62518).
+func TestTwoSizes(t *testing.T) {
+	inner := archive(t, file("hidden", "x"))
+	record := fmt.Sprintf("%d size=%d\n", len(fmt.Sprintf("99 size=%d\n", len(inner))), len(inner))
+	text := archive(t, file("pax", record), file("outer", string(inner)))
+	retype(text[:512], tar.TypeXHeader, int64(len(record)))
+	retype(text[1024:1536], tar.TypeReg, 0) // the entry itself says that it is empty
+	s, p := newServer(t), newPuller(t)
+	image, _, err := build(t.Context(), t, p, s.push(t, "two", imageOf(t, v1.Config{}, rawLayer(t, text))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// As GNU tar has it.
+	if d := cmp.Diff(unpack([]entry{file("outer", string(inner))}), read(t, image)); d != "" {
+		t.Error(d)
+	}
+}
+
+// TestNoHelpers: programs for unpacking that are on the PATH are not started
+// (CVE-2026-41567).
+func TestNoHelpers(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"gzip", "gunzip", "pigz", "unpigz", "zstd", "unzstd", "tar", "xz"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n: >"+dir+"/started\n"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("PATH", dir)
+	s, p := newServer(t), newPuller(t)
+	ref := s.pushRaw(t, imageOf(t, v1.Config{}, layerOf(t, file("a", "1")), newZstdLayer(t, file("b", "2"))))
+	if _, _, err := build(t.Context(), t, p, ref); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "started")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a program was started: %v", err)
+	}
+}
