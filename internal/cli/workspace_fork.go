@@ -94,7 +94,7 @@ the outside are broken.`,
 		}
 		return a.showWorkspace(ws)
 	})
-	cmd.Flags().BoolVar(&req.ToDisk, "to-disk", false, "free the memory, too (engine qemu)")
+	cmd.Flags().BoolVar(&req.ToDisk, "to-disk", false, "free the memory, too (engines qemu and gvisor)")
 	return cmd
 }
 

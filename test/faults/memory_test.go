@@ -39,15 +39,11 @@ func (l *lab) memories() []string {
 	}
 	var files []string
 	for _, root := range roots {
+		if st, err := os.Lstat(root); err != nil || st.Mode().Perm()&0o077 != 0 {
+			l.Errorf("%s is open to others: %v, %v", root, st, err)
+		}
 		err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-			if err != nil {
-				return err
-			}
-			info, err := d.Info()
-			if err == nil && info.Mode().Perm()&0o077 != 0 {
-				l.Errorf("%s has the mode %v", path, info.Mode())
-			}
-			if !d.IsDir() {
+			if err == nil && !d.IsDir() {
 				files = append(files, path)
 			}
 			return err
