@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -259,6 +260,34 @@ func TestSleepingPort(t *testing.T) {
 	l.eventually(within(20*time.Second), "the supervisor has ended", func() bool { return !rec.Supervisor.Alive() })
 	if left, _ := filepath.Glob(filepath.Join(l.state, "layers", "*.memory")); len(left) > 0 {
 		t.Errorf("an expired workspace has left %q", left)
+	}
+	l.check()
+}
+
+// TestMemoryWithoutTracing saves and copies a machine where root may not look into
+// other users' processes, as in most containers.
+func TestMemoryWithoutTracing(t *testing.T) {
+	thoroughOnly(t)
+	if engineName() != "qemu" {
+		t.Skip("no other engine looks there")
+	}
+	setpriv, err := exec.LookPath("setpriv")
+	if os.Geteuid() != 0 || err != nil {
+		t.Skip("takes root and setpriv")
+	}
+	l := newLab(t)
+	cmd := exec.Command(setpriv, "--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace", "sh", "-c", `
+		set -e
+		pyro workspace create debian:12 --name w --mem-mib 384 --ttl-seconds 0 --quiet
+		pyro workspace exec w --quiet -- "echo running > /dev/shm/running; echo acknowledged > kept; sync"
+		pyro workspace fork w --memory --count 2 --name c --quiet
+		for w in w c-1 c-2; do pyro workspace exec $w --quiet -- cat kept /dev/shm/running; done
+		grep -h "QEMU itself saves" "$PYRO_STATE_DIR"/machines/*/supervisor.log
+	`)
+	cmd.Env = l.env
+	res := finish(l, cmd)
+	if res.code != 0 || strings.Count(res.stdout, "acknowledged\nrunning\n") != 3 {
+		t.Error(res)
 	}
 	l.check()
 }

@@ -46,7 +46,7 @@ func (m *machine) save(ctx context.Context, memory *os.File, path string) (_ *sa
 	if err != nil {
 		return nil, err
 	}
-	err = errors.Join(saveMemory(f, memory), f.Close())
+	err = errors.Join(saveMemory(f, memory, nil), f.Close())
 	if err != nil {
 		os.Remove(path)
 		return nil, fmt.Errorf("saving the machine's memory: %w", err)

@@ -50,8 +50,10 @@ type inputs struct {
 	vhostVsock            *os.File // nil without vsock
 	cid                   uint32
 	memory                *os.File // nil for memory of QEMU's own
+	private               bool     // memory is others', too, and not changed
 	waits                 bool     // the guest waits for its host
 	incoming              bool     // nothing boots, a state will come
+	devicesOnly           bool     // of the devices alone, see saveDevicesAlone
 }
 
 // newCommand starts a command line of whatever QEMU is used for.
@@ -91,6 +93,10 @@ func build(spec engine.MachineSpec, accel string, in inputs) *command {
 	c.add("-kernel", c.passPath(in.kernel))
 	if in.incoming {
 		c.add("-incoming", "defer")
+		if in.devicesOnly {
+			// It does not begin with what it is for.
+			c.add("-global", "migration.send-configuration=off")
+		}
 	} else {
 		c.add("-initrd", c.passPath(in.initramfs), "-append", kernelCommandLine(spec, accel, in.waits))
 	}
@@ -120,7 +126,7 @@ func (c *command) addMemory(spec engine.MachineSpec, in inputs) {
 		return
 	}
 	share := "on"
-	if in.incoming {
+	if in.private {
 		share = "off"
 	}
 	c.add("-object", fmt.Sprintf("memory-backend-file,id=mem,size=%dM,mem-path=%s,share=%s", spec.MemMiB, c.passPath(in.memory), share))

@@ -2,11 +2,17 @@ package qemu
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
@@ -56,6 +62,11 @@ func (m *machine) SnapshotFull(ctx context.Context, spare, memory string) (froze
 	return frozen, nil
 }
 
+// A saved machine is a file with savedMagic, the length of the devices' state as 8
+// bytes, little-endian, that state, and the memory in saveMemory's form; or a
+// migration stream of QEMU's, which begins with a word of its own.
+const savedMagic = "pyro machine 1\n\x00"
+
 // saveAll writes the stopped machine's memory and devices to a file at path,
 // which appears whole and lasts.
 func (m *machine) saveAll(ctx context.Context, path string) (err error) {
@@ -72,6 +83,94 @@ func (m *machine) saveAll(ctx context.Context, path string) (err error) {
 			os.Remove(tmp)
 		}
 	}()
+	err = m.saveApart(ctx, f)
+	if err != nil && ctx.Err() == nil {
+		// The host may keep us from another process's memory.
+		m.log.Warn("QEMU itself saves the machine's memory, and copies will not share it", "error", err)
+		if err = f.Truncate(0); err == nil {
+			_, err = f.Seek(0, io.SeekStart)
+		}
+		if err == nil {
+			err = m.saveStream(ctx, f)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	failpoint.Hit("supervise-save/written")
+	if err := errors.Join(f.Sync(), os.Rename(tmp, path)); err != nil {
+		return err
+	}
+	return statedir.SyncDir(filepath.Dir(path))
+}
+
+// saveApart writes devices and memory so that copies can share the latter.
+func (m *machine) saveApart(ctx context.Context, f *os.File) error {
+	if m.memory == nil {
+		return api.Errorf(api.ErrUnsupported, "the memory is QEMU's own")
+	}
+	private, err := openPrivatePages(m.cmd.Process.Pid, m.memory)
+	if err != nil {
+		return err
+	}
+	defer private.close()
+	state, err := m.saveDevicesAlone(ctx)
+	if err != nil {
+		return fmt.Errorf("saving the machine's devices: %w", err)
+	}
+	header := binary.LittleEndian.AppendUint64([]byte(savedMagic), uint64(len(state)))
+	if _, err := f.Write(append(header, state...)); err != nil {
+		return err
+	}
+	return saveMemory(f, m.memory, private)
+}
+
+// saveDevicesAlone returns the state of a stopped machine's devices where its
+// memory is a private mapping: a migration would take that along whatever it is
+// told. This command is meant for Xen, whose tools keep the memory themselves, and
+// needs nothing of it. What it leaves out beside the memory is the firmware, which
+// nothing needs that has booted.
+func (m *machine) saveDevicesAlone(ctx context.Context) ([]byte, error) {
+	fd, err := unix.MemfdCreate("pyro-devices", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("memfd_create", err)
+	}
+	f := os.NewFile(uintptr(fd), "pyro-devices")
+	defer f.Close()
+	// QEMU takes a descriptor of an fdset that is as it wants to open it.
+	w, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", fd), os.O_WRONLY, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer w.Close()
+	set, err := m.addFile(ctx, w, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+		defer cancel()
+		if err := m.qmp.execute(ctx, "remove-fd", map[string]any{"fdset-id": set}, nil); err != nil {
+			m.log.Debug("taking back a file", "error", err)
+		}
+	}()
+	err = m.qmp.execute(ctx, "xen-save-devices-state", map[string]any{"filename": fdsetPath(set), "live": false}, nil)
+	if err != nil {
+		return nil, err
+	}
+	state, err := io.ReadAll(io.LimitReader(f, maxDeviceState+1))
+	if err == nil && len(state) > maxDeviceState {
+		err = api.Errorf(api.ErrExhausted, "the state has more than %d bytes", maxDeviceState)
+	}
+	return append(state, noDescription...), err
+}
+
+// noDescription is an empty description of the state, which who loads it expects
+// behind it: QEMU_VM_VMDESCRIPTION in migration/savevm.h, and a length of 4 bytes.
+const noDescription = "\x06\x00\x00\x00\x00"
+
+// saveStream writes a migration stream.
+func (m *machine) saveStream(ctx context.Context, f *os.File) error {
 	if err := m.prepareMigration(ctx, false); err != nil {
 		return err
 	}
@@ -84,14 +183,7 @@ func (m *machine) saveAll(ctx context.Context, path string) (err error) {
 	if err := m.qmp.execute(ctx, "migrate", map[string]any{"uri": "fd:state"}, nil); err != nil {
 		return err
 	}
-	if err := m.awaitMigration(ctx); err != nil {
-		return err
-	}
-	failpoint.Hit("supervise-save/written")
-	if err := errors.Join(f.Sync(), os.Rename(tmp, path)); err != nil {
-		return err
-	}
-	return statedir.SyncDir(filepath.Dir(path))
+	return m.awaitMigration(ctx)
 }
 
 // goOn tells the guest agent that time has passed, or that it is a copy.
@@ -114,8 +206,23 @@ func (e *Engine) startSaved(ctx context.Context, spec engine.MachineSpec, accel 
 		return nil, fmt.Errorf("opening the saved memory: %w", err)
 	}
 	defer f.Close()
-	m, channel, err := e.launch(ctx, spec, accel, start{incoming: true})
+	how := start{incoming: true}
+	state, err := readSavedDevices(f)
 	if err != nil {
+		return nil, err
+	}
+	var filled <-chan error
+	if state != nil {
+		how.devicesOnly, how.private = true, !spec.Continues
+		if how.memory, filled, err = savedMemory(ctx, spec, f); err != nil {
+			return nil, err
+		}
+	}
+	m, channel, err := e.launch(ctx, spec, accel, how)
+	if err != nil {
+		if how.memory != nil {
+			err = errors.Join(err, <-filled, how.memory.Close())
+		}
 		return nil, err
 	}
 	m.warm = true
@@ -126,7 +233,14 @@ func (e *Engine) startSaved(ctx context.Context, spec engine.MachineSpec, accel 
 			}
 		}
 	}()
-	if err := m.load(ctx, f, false); err != nil {
+	if state != nil {
+		if err = <-filled; err == nil {
+			err = m.loadDevices(ctx, state)
+		}
+	} else {
+		err = m.load(ctx, f, false)
+	}
+	if err != nil {
 		channel.Close()
 		return nil, api.WithHint(fmt.Errorf("loading the saved memory: %w", err),
 			"a full snapshot belongs to the QEMU, kernel and processor that it was taken with; its disk can be used with any")
@@ -136,6 +250,54 @@ func (e *Engine) startSaved(ctx context.Context, spec engine.MachineSpec, accel 
 		return nil, err
 	}
 	return m, nil
+}
+
+// savedMemory returns the memory that f, an open spec.Memory, has behind the
+// devices, as sharedMemory does. A machine that takes the place of the one that
+// was saved gets one of its own, which is not sealed: there is no other to share
+// it, and what it changes would take its room twice.
+func savedMemory(ctx context.Context, spec engine.MachineSpec, f *os.File) (memory *os.File, filled <-chan error, err error) {
+	size := int64(spec.MemMiB) << 20
+	if spec.Continues {
+		if memory, err = newMemory("pyro-"+spec.ID, size); err != nil {
+			return nil, nil, err
+		}
+		done := make(chan error, 1)
+		done <- loadMemory(memory, size, f)
+		return memory, done, nil
+	}
+	id, err := stamp(spec.Memory)
+	if err != nil {
+		return nil, nil, err
+	}
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0) // at the same position
+	if err != nil {
+		return nil, nil, os.NewSyscallError("fcntl F_DUPFD_CLOEXEC", err)
+	}
+	sum := sha256.Sum256([]byte(id))
+	return sharedMemory(ctx, spec.Logger, spec.Templates, hex.EncodeToString(sum[:]), size, os.NewFile(uintptr(fd), f.Name()))
+}
+
+// readSavedDevices reads what is before the memory in a saved machine. It returns
+// nil for a migration stream, which it leaves at its beginning.
+func readSavedDevices(f *os.File) ([]byte, error) {
+	var header [len(savedMagic) + 8]byte
+	if _, err := io.ReadFull(f, header[:]); err != nil {
+		return nil, api.Errorf(api.ErrDamaged, "the saved memory ends early: %w", err)
+	}
+	if string(header[:len(savedMagic)]) != savedMagic {
+		_, err := f.Seek(0, io.SeekStart)
+		return nil, err
+	}
+	n := binary.LittleEndian.Uint64(header[len(savedMagic):])
+	if n > maxDeviceState {
+		return nil, api.Errorf(api.ErrDamaged, "the saved memory begins with %d bytes of devices", n)
+	}
+	state := make([]byte, n)
+	if _, err := io.ReadFull(f, state); err != nil {
+		return nil, api.Errorf(api.ErrDamaged, "the saved memory ends early: %w", err)
+	}
+	return state, nil
 }
 
 var _ engine.FullSnapshotter = (*machine)(nil)

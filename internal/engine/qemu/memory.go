@@ -62,8 +62,9 @@ const (
 var zeroPage [memoryPage]byte
 
 // saveMemory writes what is not zero in memory, whose size is a multiple of
-// memoryPage.
-func saveMemory(w io.Writer, memory *os.File) error {
+// memoryPage, with the pages in place that a process has changed for itself;
+// private may be nil.
+func saveMemory(w io.Writer, memory *os.File, private *privatePages) error {
 	st, err := memory.Stat()
 	if err != nil {
 		return err
@@ -71,30 +72,31 @@ func saveMemory(w io.Writer, memory *os.File) error {
 	size := st.Size()
 	out := bufio.NewWriterSize(w, memoryRun)
 	buf := make([]byte, memoryRun)
-	for offset := int64(0); offset < size; {
-		start, err := unix.Seek(int(memory.Fd()), offset, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) { // no data up to the end
-			break
+	next := int64(0) // where the next data is, not before offset
+	for offset := int64(0); offset < size; offset += memoryRun {
+		b := buf[:min(memoryRun, size-offset)]
+		if next <= offset {
+			next, err = unix.Seek(int(memory.Fd()), offset, unix.SEEK_DATA)
+			if errors.Is(err, unix.ENXIO) { // none up to the end
+				next, err = size, nil
+			}
+			if err != nil {
+				return os.NewSyscallError("lseek", err)
+			}
 		}
-		if err != nil {
-			return os.NewSyscallError("lseek", err)
-		}
-		end, err := unix.Seek(int(memory.Fd()), start, unix.SEEK_HOLE)
-		if err != nil {
-			return os.NewSyscallError("lseek", err)
-		}
-		for offset = start; offset < end; {
-			n, err := memory.ReadAt(buf[:min(memoryRun, end-offset)], offset)
-			if err != nil && !errors.Is(err, io.EOF) {
+		if next < offset+int64(len(b)) {
+			// A hole that is read stays one.
+			if _, err := memory.ReadAt(b, offset); err != nil {
 				return err
 			}
-			if n == 0 {
-				return io.ErrUnexpectedEOF
-			}
-			if err := writeRuns(out, buf[:n], offset); err != nil {
-				return err
-			}
-			offset += int64(n)
+		} else {
+			clear(b)
+		}
+		if err := private.read(b, offset); err != nil {
+			return err
+		}
+		if err := writeRuns(out, b, offset); err != nil {
+			return err
 		}
 	}
 	if err := writeRun(out, nil, size); err != nil {

@@ -7,8 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"os"
+	"slices"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -241,5 +244,101 @@ func TestStubKernel(t *testing.T) {
 	note, err := io.ReadAll(f.Progs[1].Open())
 	if err != nil || f.Progs[1].Type != elf.PT_NOTE || len(note) != 20 || string(note[12:15]) != "Xen" || binary.LittleEndian.Uint32(note[8:]) != 18 {
 		t.Errorf("%v %v: %x, %v", f.Progs[1].Type, len(note), note, err)
+	}
+}
+
+// TestSavePrivateMemory saves a memory of which this process has changed some
+// pages for itself.
+func TestSavePrivateMemory(t *testing.T) {
+	const size = 32 * mib
+	f := someMemory(t, size)
+	for name, flags := range map[string]int{"Private": unix.MAP_PRIVATE, "Shared": unix.MAP_SHARED} {
+		t.Run(name, func(t *testing.T) {
+			var before, after unix.Stat_t
+			if err := unix.Fstat(int(f.Fd()), &before); err != nil {
+				t.Fatal(err)
+			}
+			mapped, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ|unix.PROT_WRITE, flags)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = unix.Munmap(mapped) }()
+			// Two mappings, as far as the kernel is concerned.
+			if err := unix.Madvise(mapped[4*mib:8*mib], unix.MADV_DONTFORK); err != nil {
+				t.Fatal(err)
+			}
+			want := content(t, f)
+			if flags == unix.MAP_PRIVATE {
+				for _, at := range []int{0, 5000, mib - 1, 4*mib - 1, 4 * mib, 4*mib + 4096, 7 * mib, 20 * mib, size - 1} {
+					mapped[at] = ^mapped[at]
+					want[at] = ^want[at]
+				}
+				clear(mapped[9*mib : 9*mib+8192]) // what was there is not any more
+				clear(want[9*mib : 9*mib+8192])
+			}
+			_ = mapped[4096] // read, and so the file's
+			var saved bytes.Buffer
+			if err := qemu.SavePrivateMemory(&saved, f, os.Getpid()); err != nil {
+				t.Fatal(err)
+			}
+			loaded, err := qemu.NewMemory("loaded", size)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer loaded.Close()
+			if err := qemu.LoadMemory(loaded, size, &saved); err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(content(t, loaded), want) {
+				t.Error("what was saved is not what the process sees")
+			}
+			if err := unix.Fstat(int(f.Fd()), &after); err != nil || after.Blocks > before.Blocks+8*9 {
+				t.Errorf("saving has filled holes: %d blocks after %d, %v", after.Blocks, before.Blocks, err)
+			}
+		})
+	}
+	if err := qemu.SavePrivateMemory(io.Discard, f, os.Getpid()); !errors.Is(err, api.ErrInternal) {
+		t.Errorf("a memory that is not mapped: %v, want ErrInternal", err)
+	}
+}
+
+// TestSharedMemoryOnce begins many machines on one memory at once. One of them
+// fills it.
+func TestSharedMemoryOnce(t *testing.T) {
+	const size, machines = 32 * mib, 8
+	dir := t.TempDir()
+	f := someMemory(t, size)
+	var saved bytes.Buffer
+	if err := qemu.SaveMemory(&saved, f); err != nil {
+		t.Fatal(err)
+	}
+	want := content(t, f)
+	inodes := make([]uint64, machines)
+	var all sync.WaitGroup
+	for i := range machines {
+		all.Go(func() {
+			r := io.NopCloser(bytes.NewReader(saved.Bytes()))
+			f, filled, err := qemu.SharedMemory(t.Context(), slog.New(slog.DiscardHandler), dir, "sha256:1234", size, r)
+			if err == nil {
+				err = <-filled
+			}
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			t.Cleanup(func() { f.Close() })
+			if !bytes.Equal(content(t, f), want) {
+				t.Error("the memory holds something else")
+			}
+			var st unix.Stat_t
+			if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+				t.Error(err)
+			}
+			inodes[i] = st.Ino
+		})
+	}
+	all.Wait()
+	if n := len(slices.Compact(slices.Sorted(slices.Values(inodes)))); n != 1 {
+		t.Errorf("%d machines have %d memories", machines, n)
 	}
 }

@@ -54,24 +54,21 @@ func (e *Engine) Start(ctx context.Context, spec engine.MachineSpec) (engine.Mac
 // boot starts a machine from its kernel. With a template it leaves one there.
 // note is what it has to tell the user.
 func (e *Engine) boot(ctx context.Context, spec engine.MachineSpec, accel string, t *template, note string) (*machine, error) {
-	var how start
 	var begin func(context.Context, net.Conn) error
 	var m *machine
+	memory, err := newMemory("pyro-"+spec.ID, int64(spec.MemMiB)<<20)
+	if err != nil {
+		return nil, fmt.Errorf("starting qemu: %w", err)
+	}
+	how := start{memory: memory, waits: t != nil}
 	if t != nil {
-		memory, err := newMemory("pyro-"+spec.ID, int64(spec.MemMiB)<<20)
-		if err != nil {
-			return nil, fmt.Errorf("starting qemu: %w", err)
-		}
-		how = start{memory: memory, waits: true}
 		begin = func(ctx context.Context, channel net.Conn) error {
 			return m.beginWaiting(ctx, channel, t, spec, memory)
 		}
 	}
 	m, channel, err := e.launch(ctx, spec, accel, how)
 	if err != nil {
-		if how.memory != nil {
-			how.memory.Close()
-		}
+		memory.Close()
 		return nil, err
 	}
 	m.note = note
@@ -85,9 +82,9 @@ type start struct {
 	// launched; nil for memory of QEMU's own.
 	memory *os.File
 	// waits says that the guest waits for its host before it mounts its disk,
-	// and incoming that the machine does not boot but gets a state: then memory
-	// is read only.
-	waits, incoming bool
+	// and incoming that the machine does not boot but gets a state.
+	waits, incoming      bool
+	private, devicesOnly bool // see inputs
 }
 
 // launch starts QEMU and gets its attention. The machine's channel is not read
@@ -96,7 +93,7 @@ func (e *Engine) launch(ctx context.Context, spec engine.MachineSpec, accel stri
 	files := &opener{}
 	defer files.closeAll() // QEMU has its own descriptors by then
 
-	in := inputs{memory: how.memory, waits: how.waits || how.incoming, incoming: how.incoming}
+	in := inputs{memory: how.memory, private: how.private, waits: how.waits || how.incoming, incoming: how.incoming, devicesOnly: how.devicesOnly}
 	if spec.RootImage != "" {
 		if in.disk, err = e.openDisk(ctx, files, spec); err != nil {
 			return nil, nil, fmt.Errorf("starting qemu: %w", err)

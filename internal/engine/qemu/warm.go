@@ -114,11 +114,15 @@ func (e *Engine) startWarm(ctx context.Context, spec engine.MachineSpec, accel s
 	if err != nil {
 		return nil, err
 	}
-	memory, filled, err := templateMachineMemory(spec, held)
+	saved, err := os.Open(held.Path(templateMemory))
 	if err != nil {
 		return nil, err
 	}
-	m, channel, err := e.launch(ctx, spec, accel, start{memory: memory, incoming: true})
+	memory, filled, err := sharedMemory(ctx, spec.Logger, spec.Templates, held.Digest, int64(spec.MemMiB)<<20, saved)
+	if err != nil {
+		return nil, err
+	}
+	m, channel, err := e.launch(ctx, spec, accel, start{memory: memory, private: true, incoming: true})
 	if err != nil {
 		if fillErr := <-filled; fillErr != nil {
 			spec.Logger.Debug("filling a template's memory", "err", fillErr)
@@ -137,9 +141,6 @@ func (e *Engine) startWarm(ctx context.Context, spec engine.MachineSpec, accel s
 	}()
 	if err := <-filled; err != nil {
 		return nil, err
-	}
-	if err := lendMemory(spec.Templates, held.Digest, memory); err != nil {
-		m.log.Warn("machines will not share memory", "error", err)
 	}
 	if err := m.loadDevices(ctx, state); err != nil {
 		return nil, fmt.Errorf("loading the machine's devices: %w", err)
