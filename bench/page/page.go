@@ -51,7 +51,7 @@ func writeTopic(w io.Writer, t topic, results []result) (missing []string) {
 			}
 		}
 		if !found {
-			missing = append(missing, b.row)
+			missing = append(missing, b.row+" ("+t.title+")")
 			continue
 		}
 		texts = append(texts, fmt.Sprintf("- **%s** %s", b.row, strings.ReplaceAll(b.text, "\n", "\n  ")))

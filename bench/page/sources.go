@@ -43,10 +43,11 @@ func (a aim) met(v float64) bool {
 }
 
 func (a aim) String() string {
+	bound := strconv.FormatFloat(a.bound, 'g', -1, 64)
 	if a.atLeast {
-		return "at least " + number(a.bound)
+		return "at least " + bound
 	}
-	return "at most " + number(a.bound)
+	return "at most " + bound
 }
 
 const (

@@ -69,7 +69,8 @@ type Writer struct {
 }
 
 // New empties f and prepares to write a file system into it. The caller closes
-// f, after Close.
+// f, after Close. A block device is not emptied: it must hold zeros, and SizeBytes
+// of them, rounded up to whole block groups of 128 MiB.
 func New(f *os.File, opts Options) (*Writer, error) {
 	if opts.SizeBytes <= 0 || opts.SizeBytes > maxSize {
 		return nil, api.Errorf(api.ErrInvalid, "a file system of %d bytes is not possible, the limit is %d", opts.SizeBytes, int64(maxSize))
@@ -84,19 +85,7 @@ func New(f *os.File, opts Options) (*Writer, error) {
 		nextInode: firstFreeInode,
 		buf:       make([]byte, 1<<20),
 	}
-	// Only where there is something: a file that has been emptied is flushed when
-	// it is closed (ext4, auto_da_alloc), which an image that lives for one
-	// command need never be.
-	st, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if st.Size() > 0 {
-		if err := f.Truncate(0); err != nil {
-			return nil, err
-		}
-	}
-	if err := f.Truncate(int64(w.layout.blocks()) * blockSize); err != nil {
+	if err := clearFile(f, int64(w.layout.blocks())*blockSize); err != nil {
 		return nil, err
 	}
 	w.blocks = newBitmap(w.layout.blocks())
@@ -125,6 +114,29 @@ func New(f *os.File, opts Options) (*Writer, error) {
 	w.lostFound = &node{inode: lostFoundInode, mode: modeDir | 0o700, mtime: made, children: map[string]*node{}, parent: w.root}
 	w.root.children["lost+found"] = w.lostFound
 	return w, nil
+}
+
+// clearFile makes f a file of so many zeros.
+func clearFile(f *os.File, size int64) error {
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if st.Mode()&os.ModeDevice != 0 {
+		end, err := f.Seek(0, io.SeekEnd)
+		if err == nil && end < size {
+			err = api.Errorf(api.ErrInvalid, "%s has %d bytes, a file system of %d was asked for", f.Name(), end, size)
+		}
+		return err
+	}
+	// Emptied only if there is something in it: a file that has been emptied is
+	// flushed when it is closed (ext4, auto_da_alloc).
+	if st.Size() > 0 {
+		if err := f.Truncate(0); err != nil {
+			return err
+		}
+	}
+	return f.Truncate(size)
 }
 
 // An Entry is one thing to put into the file system.

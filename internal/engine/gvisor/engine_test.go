@@ -214,6 +214,31 @@ func TestStartRefuses(t *testing.T) {
 	}
 }
 
+// The disk of an ephemeral machine is made in its place, and is a disk like any
+// other: as large as was asked for, and whole at the end and in a snapshot.
+func TestEphemeralDisk(t *testing.T) {
+	if rootless() {
+		t.Skip("a directory is not made in another way")
+	}
+	spec := newSpec(t)
+	spec.Ephemeral, spec.DiskMiB = true, 300
+	m := start(t, newEngine(t), spec)
+	guest(t, m, "head -c 100M /dev/urandom >/workspace/big && sync && stat -f -c '%b %S' / >/workspace/size")
+	var blocks, size int64
+	if _, err := fmt.Sscan(guest(t, m, "cat /workspace/size"), &blocks, &size); err != nil || blocks*size < 290<<20 || blocks*size > 384<<20 {
+		t.Errorf("a disk of 300 MiB has %d blocks of %d bytes, %v", blocks, size, err)
+	}
+	frozen, err := m.(engine.DiskSnapshotter).SnapshotDisk(t.Context(), filepath.Join(t.TempDir(), "layer"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fsck(t, frozen)
+	if err := m.Stop(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	fsck(t, filepath.Join(spec.Dir, gvisor.LayerFile))
+}
+
 // fsck fails the test unless e2fsck finds the image clean.
 func fsck(t testing.TB, image string) {
 	t.Helper()

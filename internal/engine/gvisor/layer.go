@@ -45,17 +45,21 @@ const layerBlock = 4096
 // slow disk is what can take long.
 const layerWait = 60 * time.Second
 
-// openLayer opens the writable layer at path, making it where it is not there,
-// at least sizeMiB large, and locked: the lock is held until the returned file
-// and every loop device on it are gone, so no two kernels' worth of caches ever
-// write to one image. It waits for a holder that is on its way out.
+// openLayer opens the writable layer at path, making it where it is not there (an
+// ephemeral one blank), at least sizeMiB large, and locked: the lock is held until
+// the returned file and every loop device on it are gone, so no two kernels' worth
+// of caches ever write to one image. It waits for a holder that is on its way out.
 func openLayer(ctx context.Context, path string, sizeMiB int64, ephemeral bool) (*layer, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
+	flags := os.O_RDWR | unix.O_NOFOLLOW
+	if ephemeral {
+		flags |= os.O_CREATE
+	}
+	f, err := os.OpenFile(path, flags, 0o600)
 	if errors.Is(err, os.ErrNotExist) {
-		if err := makeLayer(path, sizeMiB, ephemeral); err != nil {
+		if err := makeLayer(path, sizeMiB); err != nil {
 			return nil, err
 		}
-		f, err = os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
+		f, err = os.OpenFile(path, flags, 0)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("opening the writable layer: %w", err)
@@ -64,11 +68,21 @@ func openLayer(ctx context.Context, path string, sizeMiB int64, ephemeral bool) 
 		f.Close()
 		return nil, err
 	}
+	st, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("opening the writable layer: %w", err)
+	}
+	blank := st.Size() == 0
+	if blank {
+		const group = minLayer >> 20
+		sizeMiB = (max(sizeMiB, 1) + group - 1) / group * group
+	}
 	if err := growFile(f, sizeMiB); err != nil {
 		f.Close()
 		return nil, err
 	}
-	return &layer{f, sizeMiB << 20}, nil
+	return &layer{f, sizeMiB << 20, blank}, nil
 }
 
 // openLayerDir is openLayer for a layer that is a directory.
@@ -91,6 +105,11 @@ func openLayerDir(ctx context.Context, path string) (*layer, error) {
 type layer struct {
 	*os.File
 	size int64 // of an image: how large its file system must be at least, in bytes
+	// blank says that an image holds nothing yet. What goes on a disk that lives
+	// for one machine is written through its loop device: attaching the device
+	// flushes the file to the host's disk, and then there is nothing to flush, and
+	// little to free again at the end.
+	blank bool
 }
 
 // release gives the lock up and returns when the kernel has, too: then all that
@@ -113,7 +132,7 @@ func (l *layer) release() error {
 
 // makeLayer makes a sparse ext4 image. A crash leaves at most a file of another
 // name, which the next attempt removes.
-func makeLayer(path string, sizeMiB int64, ephemeral bool) (err error) {
+func makeLayer(path string, sizeMiB int64) (err error) {
 	leftovers, _ := filepath.Glob(path + ".*" + engine.UnfinishedSuffix)
 	for _, l := range leftovers {
 		if err := os.Remove(l); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -129,10 +148,8 @@ func makeLayer(path string, sizeMiB int64, ephemeral bool) (err error) {
 	if err := fillLayer(f, sizeMiB); err != nil {
 		return fmt.Errorf("making the writable layer: %w", err)
 	}
-	if !ephemeral {
-		if err := f.Sync(); err != nil {
-			return fmt.Errorf("making the writable layer: %w", err)
-		}
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("making the writable layer: %w", err)
 	}
 	if err := os.Rename(f.Name(), path); err != nil {
 		return fmt.Errorf("making the writable layer: %w", err)

@@ -112,11 +112,18 @@ func (s stage) mountRoot(rootImage *os.File, layer *layer, lowers []*os.File, ep
 	if ephemeral {
 		options += ",nobarrier"
 	}
-	if err := mountImage(layer.File, s.layer(), false, options); err != nil {
-		return fmt.Errorf("mounting the writable layer: %w", err)
-	}
-	if err := growMounted(layer, s.layer()); err != nil {
-		return err
+	if layer.blank {
+		err := mountFilled(layer.File, s.layer(), false, options, func(dev *os.File) error { return fillLayer(dev, layer.size>>20) })
+		if err != nil {
+			return fmt.Errorf("mounting the writable layer: %w", err)
+		}
+	} else {
+		if err := mountImage(layer.File, s.layer(), false, options); err != nil {
+			return fmt.Errorf("mounting the writable layer: %w", err)
+		}
+		if err := growMounted(layer, s.layer()); err != nil {
+			return err
+		}
 	}
 	upper, work := filepath.Join(s.layer(), UpperDir), filepath.Join(s.layer(), workDir)
 	for _, dir := range []string{upper, work} {
