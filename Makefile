@@ -60,8 +60,8 @@ install: build man ## install into PREFIX (default /usr/local)
 	install -m 755 bin/pyro bin/pyro-agent bin/pyro-runsc $(DESTDIR)$(PREFIX)/bin/
 	install -m 644 bin/man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1/
 
-man: build ## write the manual pages to bin/man
-	bin/pyro man --dir bin/man
+man: ## write the manual pages to bin/man
+	go run -ldflags "-X github.com/pyro-mcp/pyro/internal/cli.Version=$(VERSION)" ./cmd/pyro-man bin/man
 
 clean: ## remove what build made
 	rm -rf bin

@@ -53,7 +53,7 @@ func listPackages(t *testing.T) []goPackage {
 // below its own, and within a line only what is nested below itself or stands
 // to its right. docs/architecture.md says what each is.
 var layers = [][]string{
-	{"cmd/pyro", "cmd/pyro-agent"},
+	{"cmd/pyro", "cmd/pyro-agent", "cmd/pyro-man"},
 	{"internal/cli"},
 	{"internal/mcpserver", "internal/hosthelper"},
 	{""}, // package pyro, the SDK

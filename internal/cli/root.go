@@ -4,6 +4,9 @@ import (
 	"github.com/spf13/cobra"
 )
 
+// Tree is the tree of commands, for what describes it.
+func Tree() *cobra.Command { return newRoot(&app{}) }
+
 func newRoot(a *app) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "pyro",
@@ -38,7 +41,6 @@ If it does not work:   pyro doctor`,
 		newDiskCmd(a),
 		newMCPCmd(a),
 		newHostCmd(a),
-		newManCmd(a),
 		newSuperviseCmd(a),
 		newDetachedCmd(a),
 	)
