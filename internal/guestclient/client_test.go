@@ -133,7 +133,8 @@ var calls = map[string]func(context.Context, *guestclient.Client) error{
 		_, err := c.ExportArchivePlain(ctx, "/d", io.Discard)
 		return err
 	},
-	"flush": func(ctx context.Context, c *guestclient.Client) error { return c.Flush(ctx) },
+	"own workspace": func(ctx context.Context, c *guestclient.Client) error { return c.OwnWorkspace(ctx, "app") },
+	"flush":         func(ctx context.Context, c *guestclient.Client) error { return c.Flush(ctx) },
 	"manifest": func(ctx context.Context, c *guestclient.Client) error {
 		_, err := c.Manifest(ctx, "", func(guestproto.ManifestEntry) error { return nil })
 		return err

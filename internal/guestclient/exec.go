@@ -342,6 +342,7 @@ func (c *Client) ExecPlain(ctx context.Context, req guestproto.ExecRequest) (gue
 	var r guestproto.ExecReply
 	const doing = "running a command in the guest"
 	req.Action, req.Stream, req.Stdin, req.TTY = guestproto.ActionExec, false, false, nil
+	req.Version = max(req.Version, userVersion(req.User))
 	timeout, err := execTimeout(req.TimeoutSeconds)
 	if err != nil {
 		return r, fmt.Errorf("%s: %w", doing, err)
