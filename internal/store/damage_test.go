@@ -1,6 +1,7 @@
 package store_test
 
 import (
+	"context"
 	"database/sql"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -345,4 +347,42 @@ func TestRepairSkipsWhatIsNoWorkspace(t *testing.T) {
 	if _, err := store.Repair(t.Context(), p.path, opts); !errors.Is(err, api.ErrBusy) {
 		t.Errorf("repairing what is open: %v", err)
 	}
+}
+
+// TestOpenWhileOthersCreate opens the database while workspaces come and go, which
+// looks at moments as if it did not know one.
+func TestOpenWhileOthersCreate(t *testing.T) {
+	p := newPlace(t)
+	s := p.open(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	var all sync.WaitGroup
+	for writer := range 4 {
+		all.Go(func() {
+			for i := 0; ctx.Err() == nil; i++ {
+				id := fmt.Sprintf("w%d-%d", writer, i)
+				if err := os.Mkdir(p.dir(id), 0o700); err != nil {
+					t.Error(err)
+					return
+				}
+				err := s.Create(t.Context(), workspace(id, ""))
+				if err == nil && i%2 == 0 {
+					err = s.Delete(t.Context(), id)
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for ctx.Err() == nil {
+		other, err := store.Open(t.Context(), p.path, p.opts)
+		if err != nil {
+			t.Error(err)
+			break
+		}
+		other.Close()
+	}
+	all.Wait()
 }

@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 	_ "modernc.org/sqlite" // the driver
@@ -193,9 +194,15 @@ func (s *Store) refuseOrphans() error {
 // refuseForgotten is an error if there is a copy of a record that the database
 // does not have: somebody put an old database in place of the newest, or took
 // its journal away. A copy is only ever written after the record and removed
-// before it.
+// before it, so one that is there before the records are read and after has one,
+// whatever others make and delete meanwhile.
 func (s *Store) refuseForgotten(ctx context.Context) error {
 	dirs, err := s.workspaceDirs()
+	hasCopy := func(id string) bool {
+		_, err := os.Lstat(s.workspaceDir(id).RecordFile())
+		return err == nil
+	}
+	dirs = slices.DeleteFunc(dirs, func(id string) bool { return !hasCopy(id) })
 	if err != nil || len(dirs) == 0 {
 		return err
 	}
@@ -212,10 +219,7 @@ func (s *Store) refuseForgotten(ctx context.Context) error {
 		return err
 	}
 	for _, id := range dirs {
-		if known[id] {
-			continue
-		}
-		if _, err := os.Lstat(s.workspaceDir(id).RecordFile()); err == nil {
+		if !known[id] && hasCopy(id) {
 			return api.WithHint(api.Errorf(api.ErrDamaged, "the state database %s does not know workspace %s, whose files lie in %s", s.path, id, s.workspaceDir(id).Path()), repairHint)
 		}
 	}
