@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -290,4 +291,69 @@ func TestMemoryWithoutTracing(t *testing.T) {
 		t.Error(res)
 	}
 	l.check()
+}
+
+// TestTenForks forks what runs ten times. Each goes on with its own random numbers,
+// ids and name, the right clock, and with the memory that all have in common but
+// once.
+func TestTenForks(t *testing.T) {
+	thoroughOnly(t)
+	l := newLab(t)
+	l.needMemory()
+	l.ok(append(l.createArgs("w"), "--mem-mib", "1024")...)
+	l.ok("workspace", "service", "start", "w", "hold", "--ready-file", "/run/ready", "--ready-timeout-seconds", "120", "--",
+		"python3", "-c", "import os, time; b = os.urandom(1 << 20) * 300; open('/run/ready', 'w').close(); time.sleep(1e6)")
+	markMemory(l)
+	began := time.Now()
+	l.ok("workspace", "fork", "w", "--memory", "--count", "10", "--name", "c")
+	t.Logf("ten forks took %v", time.Since(began))
+	memory := 0
+	seen := map[string]string{}
+	for i := range 10 {
+		name := fmt.Sprintf("c-%d", i+1)
+		_, rec := l.machineOf(name)
+		for _, p := range rec.Processes {
+			memory += pssKiB(p.PID)
+		}
+		var list struct{ Services []api.Service }
+		l.json(&list, "workspace", "service", "list", name, "--json")
+		if len(list.Services) != 1 || list.Services[0].State != api.ServiceRunning {
+			t.Errorf("the services of %s: %+v", name, list)
+		}
+		from := time.Now()
+		got := strings.Fields(l.exec(name, `date +%s.%N; cat /dev/shm/running; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n'; echo
+			cat /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id /etc/machine-id; hostname`))
+		to := time.Now()
+		if len(got) != 7 || got[1] != "running" {
+			t.Errorf("%s says %q", name, got)
+			continue
+		}
+		seconds, err := strconv.ParseFloat(got[0], 64)
+		clock := time.UnixMicro(int64(seconds * 1e6))
+		if err != nil || clock.Before(from.Add(-500*time.Millisecond)) || clock.After(to.Add(500*time.Millisecond)) {
+			t.Errorf("between %v and %v the clock of %s says %v", from, to, name, clock)
+		}
+		for _, value := range got[2:] {
+			if other, ok := seen[value]; ok {
+				t.Errorf("%s and %s both have %s", name, other, value)
+			}
+			seen[value] = name
+		}
+	}
+	t.Logf("the machines have %d MiB each", memory/10>>10)
+	if engineName() == "qemu" && memory/10 > 60<<10 {
+		t.Errorf("the forks do not share their memory: %d MiB each", memory/10>>10)
+	}
+	if got := l.exec("w", "cat /dev/shm/running"); got != "running\n" {
+		t.Errorf("the parent says %q", got)
+	}
+}
+
+// pssKiB is a process's memory with its share of what others have, too.
+func pssKiB(pid int) (kib int) {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	if _, after, ok := strings.Cut(string(b), "\nPss:"); ok {
+		_, _ = fmt.Sscan(after, &kib)
+	}
+	return kib
 }
