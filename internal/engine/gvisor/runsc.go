@@ -156,7 +156,7 @@ func versionDate(version string) string {
 // given alike: start without --network=none, for example, silently makes a
 // sandbox without a loopback.
 func (r runsc) globalFlags(s stage) []string {
-	return []string{
+	flags := []string{
 		"--root=" + s.state(),
 		"--platform=systrap",
 		// Loopback only. What else a guest may reach goes through the guest
@@ -179,6 +179,10 @@ func (r runsc) globalFlags(s stage) []string {
 		"--in-sandbox-cgroup=v2",
 		"--host-settings=ignore",
 	}
+	if !canShowSize() {
+		flags = append(flags, "--ignore-cgroups")
+	}
+	return flags
 }
 
 // command returns the runsc command with the given arguments, for

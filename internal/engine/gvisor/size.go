@@ -17,6 +17,13 @@ const minGuestCPUs = 2
 // sandbox into.
 const sizeGroup = "/guest"
 
+// canShowSize reports whether there is a place for [stage.showSize] to use. Where
+// there is none, in a container without /sys, guests see all of the host.
+func canShowSize() bool {
+	_, err := os.Stat(cgroupMount)
+	return err == nil
+}
+
 // showSize tells runsc how large the guest is to be. runsc has no flag for that:
 // it shows a guest the limits of the control group it is put into, and all of the
 // host's memory where there is none. So the namespace gets plain files in the
@@ -25,6 +32,9 @@ const sizeGroup = "/guest"
 // the guest are the groups of [limits], which runsc is started in. showSize runs
 // in the namespace.
 func (s stage) showSize(memMiB, vcpus int) error {
+	if !canShowSize() {
+		return nil
+	}
 	vcpus = max(vcpus, minGuestCPUs)
 	for _, f := range []struct{ controller, name, value string }{
 		{"memory", "memory.limit_in_bytes", strconv.FormatInt(int64(memMiB)<<20, 10)},
