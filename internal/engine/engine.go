@@ -50,6 +50,10 @@ type Capabilities struct {
 	// SeedLayer says that a seed's ext4 image may be the lowest of
 	// MachineSpec.Layers, so that no file of it has to be copied into the guest.
 	SeedLayer bool
+	// SaveDropsNetwork says that a machine cannot be saved with its memory while
+	// its guest has a network device: the device goes before and another comes
+	// after, with none of the guest's connections out.
+	SaveDropsNetwork bool
 	// Detail says in one sentence what will be used or why it does not work.
 	Detail string
 	// Remedy is the command or step that mends it, "" if none is known.

@@ -97,6 +97,66 @@ type Gateway struct {
 
 	serving sync.Mutex // held while a connection is served
 	once    sync.Once
+
+	epochMu sync.Mutex
+	epoch   *epoch
+}
+
+// An epoch is the time of one device of the guest's.
+type epoch struct {
+	ctx    context.Context // ends with Detach
+	cancel context.CancelFunc
+	conn   io.Closer
+	served chan struct{} // closed when Serve has ended
+
+	mu sync.Mutex
+	// making counts the connections that are neither made nor refused yet; made
+	// is closed when there are none after ctx's end.
+	making int
+	made   chan struct{}
+}
+
+// begin counts a connection that is being made, unless Detach has begun.
+func (e *epoch) begin() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.ctx.Err() != nil {
+		return false
+	}
+	e.making++
+	return true
+}
+
+func (e *epoch) done() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.making--
+	e.settle()
+}
+
+// end lets none begin any more.
+func (e *epoch) end() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.cancel()
+	e.settle()
+}
+
+func (e *epoch) settle() {
+	if e.making == 0 && e.ctx.Err() != nil {
+		select {
+		case <-e.made:
+		default:
+			close(e.made)
+		}
+	}
+}
+
+// currentEpoch returns the epoch of what is served, or was last; nil before.
+func (g *Gateway) currentEpoch() *epoch {
+	g.epochMu.Lock()
+	defer g.epochMu.Unlock()
+	return g.epoch
 }
 
 // New makes a gateway. Its stack costs about a megabyte until it is used.
@@ -215,11 +275,21 @@ func (g *Gateway) Serve(ctx context.Context, conn io.ReadWriteCloser) error {
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	defer context.AfterFunc(g.ctx, func() { conn.Close() })()
+	e := &epoch{conn: conn, served: make(chan struct{}), made: make(chan struct{})}
+	e.ctx, e.cancel = context.WithCancel(g.ctx)
+	defer e.cancel()
+	defer close(e.served)
+	g.epochMu.Lock()
+	g.epoch = e
+	g.epochMu.Unlock()
 	g.link.plug()
 	written := make(chan error, 1)
 	go func() {
 		err := g.link.deliver(conn)
-		conn.Close() // which ends the reading
+		half, ok := conn.(interface{ CloseWrite() error })
+		if err != nil || !ok || !g.link.isFinishing() || half.CloseWrite() != nil {
+			conn.Close() // which ends the reading
+		}
 		written <- err
 	}()
 	err := g.receive(conn)
@@ -237,6 +307,37 @@ func (g *Gateway) Serve(ctx context.Context, conn io.ReadWriteCloser) error {
 		return api.Errorf(api.ErrUnavailable, "the guest has closed its network")
 	}
 	return err
+}
+
+// Detach takes the guest's device away in good order, while Serve serves it: every
+// TCP connection is reset, new ones are refused, and then Serve's connection is
+// half-closed. When Detach returns without an error, the guest has had all of that
+// and has closed its end; when ctx has ended before, the connection is closed all the
+// same. The next Serve begins anew. It is for guests whose device
+// cannot be kept: a connection that nobody resets hangs there.
+func (g *Gateway) Detach(ctx context.Context) error {
+	e := g.currentEpoch()
+	if e == nil {
+		return nil
+	}
+	e.end()
+	select {
+	case <-e.made:
+	case <-ctx.Done():
+	}
+	for _, endpoint := range g.stack.RegisteredEndpoints() {
+		if t, ok := endpoint.(*tcp.Endpoint); ok && t.EndpointState() != tcp.StateListen {
+			t.Abort()
+		}
+	}
+	g.link.finish()
+	select {
+	case <-e.served:
+		return nil
+	case <-ctx.Done():
+		e.conn.Close()
+		return fmt.Errorf("taking the guest's network away: %w", ctx.Err())
+	}
 }
 
 // receive gives the stack what the guest sends, until an error.

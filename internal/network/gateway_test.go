@@ -351,6 +351,66 @@ func TestUDP(t *testing.T) {
 }
 
 // After Close nothing is left, whatever was going on.
+// A guest whose device is taken away learns of it on every connection, also where
+// data is under way, and both sides of the gateway are done with them.
+func TestDetach(t *testing.T) {
+	t.Parallel()
+	outside := netns.New(t)
+	told := newEvents()
+	g := newGuest(t, network.Config{Allow: []netip.Prefix{outside.Network}, Events: told.tell})
+	l := outside.Listen(t)
+	go echo(l)
+	to := addrPort(l.Addr())
+	idle, busy := g.mustDial(t, to), g.mustDial(t, to)
+	for _, c := range []io.ReadWriter{idle, busy} {
+		if _, err := io.WriteString(c, "x"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ended := make(chan error, 3)
+	go func() { _, err := idle.Read(make([]byte, 1)); ended <- err }()
+	go func() {
+		for {
+			if _, err := busy.Write(make([]byte, 100<<10)); err != nil {
+				ended <- err
+				return
+			}
+		}
+	}()
+	go func() {
+		_, _ = io.Copy(io.Discard, busy) // one of the two learns of the reset
+		ended <- net.ErrClosed
+	}()
+	time.Sleep(20 * time.Millisecond) // for data to be under way
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := g.Detach(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		select {
+		case err := <-ended:
+			if err == nil {
+				t.Error("a connection has ended in good order")
+			}
+		case <-ctx.Done():
+			t.Fatal("a connection hangs")
+		}
+	}
+	for open := g.Stats(); open.TCPOpen > 0; open = g.Stats() {
+		if ctx.Err() != nil {
+			t.Fatalf("%d connections stay open", open.TCPOpen)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if err := g.Detach(ctx); err != nil {
+		t.Errorf("once more: %v", err)
+	}
+}
+
 func TestCloseLeavesNothing(t *testing.T) {
 	outside := netns.New(t)
 	before := runtime.NumGoroutine()

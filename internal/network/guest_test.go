@@ -81,6 +81,7 @@ func newGuest(t testing.TB, c network.Config) *guest {
 		for {
 			_, payload, err := frames.Next()
 			if err != nil {
+				theirs.Close() // the device is gone
 				return
 			}
 			if err := guestproto.Packets(payload, func(b []byte) error {

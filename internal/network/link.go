@@ -33,6 +33,7 @@ type link struct {
 	queue      []*stack.PacketBuffer
 	queued     int // bytes
 	plugged    bool
+	finishing  bool // what is queued still goes
 }
 
 func newLink(mtu int, counts *counters) *link {
@@ -96,7 +97,21 @@ func (l *link) WritePackets(list stack.PacketBufferList) (int, tcpip.Error) {
 func (l *link) plug() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.plugged = true
+	l.plugged, l.finishing = true, false
+}
+
+// finish has deliver end when it has written what is queued.
+func (l *link) finish() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.finishing = true
+	l.wake.Broadcast()
+}
+
+func (l *link) isFinishing() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.finishing
 }
 
 func (l *link) unplug() {
@@ -111,12 +126,13 @@ func (l *link) unplug() {
 }
 
 // take waits for packets and returns all there are, which the caller releases;
-// nil after unplug. spare is a slice to fill next.
+// nil after unplug and where finish leaves nothing to wait for. spare is a slice to fill next.
 func (l *link) take(spare []*stack.PacketBuffer) []*stack.PacketBuffer {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for len(l.queue) == 0 {
-		if !l.plugged {
+		if !l.plugged || l.finishing {
+			l.plugged = false
 			return nil
 		}
 		l.wake.Wait()
@@ -126,7 +142,7 @@ func (l *link) take(spare []*stack.PacketBuffer) []*stack.PacketBuffer {
 	return out
 }
 
-// deliver writes queued packets to w until unplug or an error.
+// deliver writes queued packets to w until unplug, finish or an error.
 func (l *link) deliver(w io.Writer) error {
 	frames := guestproto.NewPacketWriter(w)
 	var packets []*stack.PacketBuffer

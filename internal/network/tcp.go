@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
@@ -46,7 +47,14 @@ func (g *Gateway) forwardTCP(r *tcp.ForwarderRequest) {
 	}
 	defer g.counts.tcpOpen.Add(-1)
 	began := time.Now()
-	outside, err := g.dial(g.ctx, "tcp", to)
+	now := g.currentEpoch()
+	if now == nil || !now.begin() {
+		r.Complete(true)
+		return
+	}
+	made := sync.OnceFunc(now.done)
+	defer made()
+	outside, err := g.dial(now.ctx, "tcp", to)
 	if err != nil {
 		r.Complete(true)
 		g.tell(refused("tcp", to, err))
@@ -56,6 +64,7 @@ func (g *Gateway) forwardTCP(r *tcp.ForwarderRequest) {
 	var queue waiter.Queue
 	endpoint, terr := r.CreateEndpoint(&queue)
 	r.Complete(false)
+	made()
 	if terr != nil {
 		// The guest took its SYN back, or never answered.
 		g.tell(Event{Protocol: "tcp", Destination: to, Verdict: Failed, Reason: "the guest did not complete the connection", Duration: time.Since(began)})

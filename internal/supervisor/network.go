@@ -50,6 +50,8 @@ type egress struct {
 	// stop takes the network away; done is closed when it is gone.
 	stop context.CancelFunc
 	done chan struct{}
+	// away is closed when the network may come back; nil unless it was taken away.
+	away chan struct{}
 }
 
 func (e *egress) status(policy string) *NetworkStatus {
@@ -139,6 +141,49 @@ func (s *supervisor) stopNetwork() {
 	}
 }
 
+// networkAway is how long a guest may take to let go of its network.
+const networkAway = 10 * time.Second
+
+// takeNetworkAway takes the guest's network device away in good order, if it has
+// one, until the returned function is called, which must be in any case.
+func (s *supervisor) takeNetworkAway(ctx context.Context) (giveBack func(), err error) {
+	s.mu.Lock()
+	e := s.egress
+	s.mu.Unlock()
+	if e == nil {
+		return func() {}, nil
+	}
+	away := make(chan struct{})
+	e.mu.Lock()
+	e.away = away
+	e.mu.Unlock()
+	giveBack = func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.away = nil
+		close(away)
+	}
+	ctx, cancel := context.WithTimeout(ctx, networkAway)
+	defer cancel()
+	return giveBack, e.gateway.Detach(ctx)
+}
+
+// awaitBack waits until the network may be attached, if it was taken away, and
+// reports whether it was.
+func (e *egress) awaitBack(ctx context.Context) bool {
+	e.mu.Lock()
+	away := e.away
+	e.mu.Unlock()
+	if away == nil {
+		return false
+	}
+	select {
+	case <-away:
+	case <-ctx.Done():
+	}
+	return true
+}
+
 // holdNetwork serves the guest's network and attaches it again whenever it
 // breaks, until ctx ends.
 func (s *supervisor) holdNetwork(ctx context.Context, e *egress, stream *guestclient.Stream, attach func() (*guestclient.Stream, error)) {
@@ -151,6 +196,11 @@ func (s *supervisor) holdNetwork(ctx context.Context, e *egress, stream *guestcl
 				return
 			}
 			e.set(err)
+			if e.awaitBack(ctx) {
+				if stream, err = attach(); err == nil {
+					continue
+				}
+			}
 			s.log.Warn("the guest's network broke", "error", err)
 			if time.Since(began) > reattachMost {
 				wait = reattachFirst
@@ -162,6 +212,7 @@ func (s *supervisor) holdNetwork(ctx context.Context, e *egress, stream *guestcl
 			return
 		}
 		wait = min(2*wait, reattachMost)
+		e.awaitBack(ctx)
 		var err error
 		if stream, err = attach(); err != nil {
 			s.log.Warn("attaching the guest's network", "error", err)

@@ -66,11 +66,13 @@ type supervisor struct {
 
 	mu      sync.Mutex // guards the following
 	machine engine.Machine
-	status  Status
-	expired bool
-	kept    bool        // the lease has been let go
-	expiry  *time.Timer // nil without a time to live
-	egress  *egress     // nil without a network
+	// dropsNetwork is Capabilities.SaveDropsNetwork.
+	dropsNetwork bool
+	status       Status
+	expired      bool
+	kept         bool        // the lease has been let go
+	expiry       *time.Timer // nil without a time to live
+	egress       *egress     // nil without a network
 
 	published *publishing
 
@@ -356,6 +358,7 @@ func (s *supervisor) boot(ctx context.Context, eng engine.Engine, notes []string
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.dropsNetwork = caps.SaveDropsNetwork
 	s.status = Status{
 		ExpiresAt: s.status.ExpiresAt,
 		ID:        s.dir.ID(), Engine: eng.Name(), Isolation: caps.Isolation, TimeScale: max(1, caps.TimeScale),

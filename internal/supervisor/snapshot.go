@@ -58,7 +58,7 @@ func (s *supervisor) snapshot(ctx context.Context, req snapshotRequest) (frozen 
 		}()
 	}
 	if req.Memory != "" {
-		frozen, err = full.SnapshotFull(ctx, req.Spare, req.Memory)
+		frozen, err = s.save(ctx, full, req)
 	} else {
 		frozen, err = snapshotter.SnapshotDisk(ctx, req.Spare)
 	}
@@ -74,6 +74,18 @@ func (s *supervisor) snapshot(ctx context.Context, req snapshotRequest) (frozen 
 		s.log.Error("stopping a machine that was saved", "error", err)
 	}
 	return frozen, nil
+}
+
+// save saves the machine with its memory.
+func (s *supervisor) save(ctx context.Context, m engine.FullSnapshotter, req snapshotRequest) (frozen string, err error) {
+	if s.dropsNetwork && !req.Sleep {
+		giveBack, err := s.takeNetworkAway(ctx)
+		defer giveBack()
+		if err != nil {
+			return "", err
+		}
+	}
+	return m.SnapshotFull(ctx, req.Spare, req.Memory)
 }
 
 // A sleepError is the cause of the end of a machine that was put to sleep: the

@@ -30,7 +30,7 @@ import (
 )
 
 // supervised starts a machine with a supervisor of its own, as pyro does.
-func supervised(t *testing.T, e engine.Engine, policy string, outside *netns.Outside) (*supervisor.Process, machine) {
+func supervised(t *testing.T, e engine.Engine, policy string, outside *netns.Outside, change ...func(*engine.MachineSpec)) (*supervisor.Process, machine) {
 	t.Helper()
 	state, err := statedir.Open(filepath.Join(t.TempDir(), "state"))
 	if err != nil {
@@ -39,6 +39,9 @@ func supervised(t *testing.T, e engine.Engine, policy string, outside *netns.Out
 	dir := state.Machine("net")
 	spec := bootable(t)
 	spec.ID, spec.Dir, spec.Ephemeral, spec.Hostname = "net", dir.EngineDir(), true, "pyro-test"
+	for _, c := range change {
+		c(&spec)
+	}
 	config := supervisor.Config{Dir: dir.Path(), Engine: e.Name(), Leased: true, Ephemeral: true, Spec: spec, Network: policy}
 	if outside != nil {
 		config.NetworkAllow = []netip.Prefix{outside.Network}

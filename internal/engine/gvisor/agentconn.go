@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -39,35 +40,62 @@ func (s stage) listen() (net.Listener, error) {
 	return l, nil
 }
 
-// The bounds on what may connect before the guest agent has: it is the guest's
-// only process then, so anything else is a fault.
+// The bounds on what may connect in the guest agent's place. Before a machine's
+// first answer the agent is its only process; later any of them may try, and hold
+// a connection without a word.
 const (
-	maxStrangers = 16
+	maxStrangers = 64
 	tokenTimeout = 10 * time.Second
 )
 
-// acceptAgent takes the first connection that begins with the token. It closes l
-// in every case: nothing that starts in the guest later finds a socket to dial.
+// acceptAgent takes the first connection that begins with the token. Others are
+// looked at meanwhile; of too many the oldest is given up, because the agent says
+// its token at once. It closes l in every case: nothing that starts in the guest
+// later finds a socket to dial.
 func acceptAgent(ctx context.Context, l net.Listener, token string, logger *slog.Logger) (net.Conn, error) {
-	defer l.Close()
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
-	for range maxStrangers {
-		conn, err := l.Accept()
-		if err != nil {
-			if ctx.Err() != nil {
-				err = ctx.Err()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // which ends all that are being looked at
+	found := make(chan net.Conn)
+	go func() {
+		defer close(found)
+		var looks sync.WaitGroup
+		defer looks.Wait()
+		var strangers []context.CancelFunc
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
 			}
-			return nil, fmt.Errorf("waiting for the guest agent: %w", err)
+			look, giveUp := context.WithTimeout(ctx, tokenTimeout)
+			if strangers = append(strangers, giveUp); len(strangers) > maxStrangers {
+				strangers[0]()
+				strangers = strangers[1:]
+			}
+			looks.Go(func() {
+				defer giveUp()
+				if err := readToken(look, conn, token); err != nil {
+					logger.Debug("refusing a connection that is not the guest agent's", "err", err)
+					conn.Close()
+					return
+				}
+				select {
+				case found <- conn:
+				case <-ctx.Done():
+					conn.Close()
+				}
+			})
 		}
-		if err := readToken(ctx, conn, token); err != nil {
-			logger.Warn("refusing a connection that is not the guest agent's", "err", err)
-			conn.Close()
-			continue
+	}()
+	defer l.Close()
+	select {
+	case conn, ok := <-found:
+		if ok {
+			return conn, nil
 		}
-		return conn, nil
+		return nil, api.Errorf(api.ErrUnavailable, "waiting for the guest agent: its socket was closed")
+	case <-ctx.Done():
+		return nil, fmt.Errorf("waiting for the guest agent: %w", ctx.Err())
 	}
-	return nil, api.Errorf(api.ErrUnavailable, "waiting for the guest agent: %d connections came without its token", maxStrangers)
 }
 
 // begin waits for the guest agent and makes its connection the first of the
@@ -91,9 +119,6 @@ func (m *machine) begin(ctx context.Context, l net.Listener, token string) error
 func readToken(ctx context.Context, conn net.Conn, token string) error {
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
-	if err := conn.SetReadDeadline(time.Now().Add(tokenTimeout)); err != nil {
-		return err
-	}
 	want := []byte(token + "\n")
 	got := make([]byte, len(want))
 	for n := 0; n < len(got); {
@@ -106,5 +131,8 @@ func readToken(ctx context.Context, conn net.Conn, token string) error {
 	if subtle.ConstantTimeCompare(got, want) != 1 {
 		return errors.New("wrong token")
 	}
-	return conn.SetReadDeadline(time.Time{})
+	if !stop() {
+		return ctx.Err()
+	}
+	return nil
 }

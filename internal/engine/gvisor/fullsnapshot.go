@@ -1,7 +1,6 @@
 package gvisor
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -181,8 +180,12 @@ func (m *machine) checkpoint(ctx context.Context, dir string) error {
 	}
 	defer f.Close()
 	// By way of the open directory: the path may not be seen in the namespace.
-	return m.commandWith(ctx, imageTimeout(m.memMiB), []*os.File{f}, "checkpoint", "--leave-running", "--compression=none",
+	err = m.commandWith(ctx, imageTimeout(m.memMiB), []*os.File{f}, "checkpoint", "--leave-running", "--compression=none",
 		"--image-path=/proc/self/fd/3", m.id)
+	if err != nil {
+		err = api.WithHint(err, "there are things that gVisor cannot save: end what holds them, or leave the memory out, the snapshot then has the disk")
+	}
+	return err
 }
 
 // imageFloor is what must be left of the host's file system beside an image, in
@@ -256,7 +259,7 @@ func (m *machine) resumed(ctx context.Context, spec engine.MachineSpec) error {
 	}
 	select {
 	case <-m.ended:
-		return api.WithHint(api.Errorf(api.ErrUnavailable, "%s", restoreFault(m.console.lastWords())),
+		return api.WithHint(api.Errorf(api.ErrUnavailable, "%s", runscFault(m.console.lastWords())),
 			"a full snapshot belongs to the gVisor and the processor that it was taken with; its disk can be used with any")
 	default:
 	}
@@ -269,17 +272,6 @@ func (m *machine) resumed(ctx context.Context, spec engine.MachineSpec) error {
 	}
 	req.NewIdentity = !spec.Continues
 	return guestclient.New(m.DialGuest, guestclient.Options{}).Resume(ctx, req)
-}
-
-// restoreFault finds what runsc restore says went wrong among what it, and the
-// sandbox, have printed: gVisor adds the stack of whatever found it.
-func restoreFault(printed []byte) string {
-	for line := range bytes.Lines(printed) {
-		if bytes.HasPrefix(line, []byte("starting container: ")) {
-			return lastLine(line)
-		}
-	}
-	return lastLine(printed)
 }
 
 // imageRecordFile is the record's name in the image's directory.

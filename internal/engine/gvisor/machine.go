@@ -273,7 +273,7 @@ func (m *machine) commandWith(ctx context.Context, limit time.Duration, files []
 		return api.Errorf(api.ErrDeadline, "running runsc %s: the sandbox does not answer", args[0])
 	}
 	if err != nil {
-		return api.Errorf(api.ErrUnavailable, "running runsc %s: %w: %s", args[0], err, lastLine(output.Bytes()))
+		return api.Errorf(api.ErrUnavailable, "running runsc %s: %w: %s", args[0], err, runscFault(output.Bytes()))
 	}
 	return nil
 }

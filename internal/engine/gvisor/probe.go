@@ -19,7 +19,10 @@ import (
 
 // Probe implements engine.Engine.
 func (e *Engine) Probe(ctx context.Context) engine.Capabilities {
-	c := engine.Capabilities{Isolation: api.IsolationSandboxGVisor, FullSpeed: true, TimeScale: 1, Available: true, NeedsImage: true}
+	c := engine.Capabilities{Isolation: api.IsolationSandboxGVisor, FullSpeed: true, TimeScale: 1, Available: true, NeedsImage: true,
+		// Its TUN devices cannot be saved, nor the stack that has one (September
+		// 2026: "channel.queue does not implement SaverLoader").
+		SaveDropsNetwork: true}
 	// need records a finding without which nothing works; the first that fails
 	// is the engine's answer.
 	need := func(name, value string, err error) {

@@ -140,6 +140,20 @@ func (r runsc) identity() (string, error) {
 // maxNote bounds what is read of a program's note, in bytes.
 const maxNote = 4 << 10
 
+// runscFault finds what went wrong among what runsc, and a sandbox, have printed,
+// quoted: gVisor adds the stacks of whatever found out that it cannot save or
+// restore something.
+func runscFault(printed []byte) string {
+	for line := range bytes.Lines(printed) {
+		for _, prefix := range []string{"starting container: ", "checkpoint failed: "} {
+			if rest, ok := bytes.CutPrefix(line, []byte(prefix)); ok {
+				return lastLine(bytes.TrimRight(rest, ":\n"))
+			}
+		}
+	}
+	return lastLine(printed)
+}
+
 // versionDates match the two forms of a gVisor version: a Go module's
 // v0.0.0-20260905035102-160fafc42237 and a release's release-20260601.0.
 var versionDates = regexp.MustCompile(`(?:v0\.0\.0-|release-)(20[0-9]{6})`)
