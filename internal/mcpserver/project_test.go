@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -200,7 +201,7 @@ func TestClonesOfTheDead(t *testing.T) {
 func TestCloneKeepsCredentialsOut(t *testing.T) {
 	dir, _ := repository(t)
 	git(t, dir, "update-server-info")
-	asked := false
+	var asked atomic.Bool // git asks on several connections
 	files := http.FileServer(http.Dir(filepath.Join(dir, ".git")))
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		user, password, ok := r.BasicAuth()
@@ -209,7 +210,7 @@ func TestCloneKeepsCredentialsOut(t *testing.T) {
 			http.Error(w, "", http.StatusUnauthorized)
 			return
 		}
-		asked = user == "me" && password == "hunter2"
+		asked.Store(user == "me" && password == "hunter2")
 		files.ServeHTTP(w, r)
 	}))
 	defer server.Close()
@@ -218,8 +219,8 @@ func TestCloneKeepsCredentialsOut(t *testing.T) {
 	s := connect(t, newClient(t), o)
 	s.call("workspace_create", args{"name": "w"})
 	config := s.call("workspace_file_read", args{"workspace_id": "w", "path": ".git/config"})["content"].(string)
-	if !asked || strings.Contains(config, "hunter2") || !strings.Contains(config, server.URL) {
-		t.Errorf("asked %v; the clone's configuration is %s", asked, config)
+	if !asked.Load() || strings.Contains(config, "hunter2") || !strings.Contains(config, server.URL) {
+		t.Errorf("asked %v; the clone's configuration is %s", asked.Load(), config)
 	}
 	if got := s.call("workspace_exec", args{"workspace_id": "w", "command": "grep -r hunter2 .; cat file"})["stdout"]; got != "two\n" {
 		t.Errorf("the workspace has %q", got)
