@@ -112,6 +112,22 @@ type layer struct {
 	blank bool
 }
 
+// hold returns a descriptor of the layer's own, with which its image can be read
+// whatever becomes of the machine meanwhile: release waits until it is closed.
+func (l *layer) hold() (*os.File, error) {
+	raw, err := l.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var fd int
+	var dupErr error
+	err = raw.Control(func(own uintptr) { fd, dupErr = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 0) })
+	if err := errors.Join(err, dupErr); err != nil {
+		return nil, fmt.Errorf("holding the writable layer: %w", err)
+	}
+	return os.NewFile(uintptr(fd), l.Name()), nil
+}
+
 // release gives the lock up and returns when the kernel has, too: then all that
 // was written is in the image file and no loop device is left.
 func (l *layer) release() error {

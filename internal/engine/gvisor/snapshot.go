@@ -125,6 +125,11 @@ func (m *machine) snapshotImage(ctx context.Context, spare string, hold holder) 
 			os.Remove(tmp)
 		}
 	}()
+	in, err := m.parts.layer.hold()
+	if err != nil {
+		return errors.Join(m.running(), err)
+	}
+	defer in.Close()
 	// Most of it while the guest goes on.
 	if err := m.syncLayer(); err != nil {
 		return err
@@ -137,7 +142,7 @@ func (m *machine) snapshotImage(ctx context.Context, spare string, hold holder) 
 				return err
 			}
 			before := m.transactions()
-			if copied, err = copyImage(ctx, out, m.parts.layer.File); err != nil {
+			if copied, err = copyImage(ctx, out, in); err != nil {
 				return err
 			}
 			if m.transactions() == before {
