@@ -22,6 +22,8 @@ type Snapshot struct {
 	// a snapshot of the disk alone.
 	Memory       string `json:"memory,omitempty"`
 	MemoryDigest string `json:"memory_digest,omitempty"`
+	// Temporary says that it is nobody's but the fork's that is under way.
+	Temporary bool `json:"temporary,omitempty"`
 	// SeedDigest names the seed at the time; "" for none.
 	SeedDigest string `json:"seed_digest"`
 }

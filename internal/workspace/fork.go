@@ -13,6 +13,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/store"
 )
 
@@ -65,16 +66,16 @@ func (h *held) fork(ctx context.Context, req api.ForkRequest) (_ []*held, err er
 	if name == "" {
 		// A snapshot for as long as nothing else refers to its layer.
 		name = "fork-" + newID()
+		if err := h.update(ctx, func(ws *store.Workspace) error { ws.Intent = intentFork; return nil }); err != nil {
+			return nil, err
+		}
+		failpoint.Hit("fork/recorded")
+		defer func() { err = errors.Join(err, h.settle(ctx)) }()
 		if _, err := h.snapshot(ctx, api.SnapshotRequest{Name: name, Memory: req.Memory}); err != nil {
 			return nil, err
 		}
-		defer func() {
-			err = errors.Join(err, st.DeleteSnapshot(context.WithoutCancel(ctx), h.WorkspaceID, name))
-			if _, collectErr := h.m.collect(context.WithoutCancel(ctx)); collectErr != nil {
-				h.m.log.Warn("removing the memory that was forked", "error", collectErr)
-			}
-		}()
 	}
+	failpoint.Hit("fork/saved")
 	from, err := st.Snapshot(ctx, h.WorkspaceID, name)
 	if err != nil {
 		return nil, api.WithHint(err, "pyro workspace snapshot list %s shows them", refOf(h.Workspace))
@@ -108,6 +109,7 @@ func (h *held) fork(ctx context.Context, req api.ForkRequest) (_ []*held, err er
 			return nil, err
 		}
 		children = append(children, c)
+		failpoint.Hit("fork/claimed")
 		// A reset goes back to where the first one began: so does the diff.
 		if err := st.PutSnapshot(ctx, c.WorkspaceID, *base); err != nil {
 			return nil, err
@@ -117,7 +119,26 @@ func (h *held) fork(ctx context.Context, req api.ForkRequest) (_ []*held, err er
 	if err := startForks(ctx, children, from.Memory, orSilent(req.Progress)); err != nil {
 		return nil, err
 	}
+	failpoint.Hit("fork/started")
 	return children, st.AppendEvent(ctx, h.WorkspaceID, eventForked, map[string]any{"snapshot": req.Snapshot, "count": req.Count})
+}
+
+// forgetTemporary deletes the snapshots of forks that are not under way any more.
+func (h *held) forgetTemporary(ctx context.Context) error {
+	st, err := h.m.store(ctx)
+	if err != nil {
+		return err
+	}
+	have, err := st.Snapshots(ctx, h.WorkspaceID)
+	if err != nil {
+		return err
+	}
+	for _, s := range have {
+		if s.Temporary {
+			err = errors.Join(err, st.DeleteSnapshot(ctx, h.WorkspaceID, s.SnapshotName))
+		}
+	}
+	return err
 }
 
 // child is the record of one fork.

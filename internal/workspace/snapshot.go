@@ -62,12 +62,14 @@ func (h *held) snapshot(ctx context.Context, req api.SnapshotRequest) (*api.Snap
 	}
 	snap := store.Snapshot{Snapshot: api.Snapshot{
 		WorkspaceID: h.WorkspaceID, SnapshotName: name, Kind: api.SnapshotDisk, CreatedAt: time.Now().UTC(), Deletable: true,
-	}, SeedDigest: h.SeedDigest}
+	}, SeedDigest: h.SeedDigest, Temporary: h.Intent == intentFork}
 	keep := func(f frozen) (err error) {
 		snap.Chain, snap.Layer, snap.Memory = f.chain, f.layer, f.memory
 		snap.SizeBytes = h.m.layerSize(snap.Layer) + h.m.layerSize(snap.Memory)
 		if f.memory != "" {
 			snap.Kind = api.SnapshotFull
+		}
+		if f.memory != "" && !snap.Temporary {
 			if snap.MemoryDigest, err = h.m.memoryDigest(ctx, f.memory); err != nil {
 				return err
 			}
@@ -188,6 +190,9 @@ func (m *Manager) Snapshots(ctx context.Context, ref string) ([]api.Snapshot, er
 	}
 	out := []api.Snapshot{}
 	for _, r := range rows {
+		if r.Temporary {
+			continue
+		}
 		r.SizeBytes = m.layerSize(r.Layer) + m.layerSize(r.Memory)
 		out = append(out, r.Snapshot)
 	}

@@ -34,6 +34,7 @@ const (
 	intentStart    = "start"
 	intentReset    = "reset"
 	intentSnapshot = "snapshot"
+	intentFork     = "fork"
 	intentPause    = "pause" // to disk
 	intentWake     = "wake"
 	intentDelete   = "delete"
@@ -205,7 +206,12 @@ func (h *held) settle(ctx context.Context) error {
 	if err := h.m.interruptCommands(ctx, h.WorkspaceID); err != nil {
 		return err
 	}
-	leftover := h.PendingLayer != "" || h.PendingMemory != ""
+	leftover := h.PendingLayer != "" || h.PendingMemory != "" || h.Intent == intentFork
+	if h.Intent == intentFork {
+		if err := h.forgetTemporary(ctx); err != nil {
+			return err
+		}
+	}
 	kind, why := eventMachineEnded, ""
 	err = h.update(ctx, func(ws *store.Workspace) error {
 		if adopted {
@@ -281,7 +287,7 @@ func (h *held) settleLayer(ctx context.Context, alive bool) (adopted bool, err e
 	}
 	spare := h.m.state.Layer(h.PendingLayer)
 	switch {
-	case h.Intent != intentSnapshot && h.Intent != intentPause:
+	case h.Intent == intentReset:
 		// A reset's new disk: the old one is still the workspace's.
 	case alive:
 		// The supervisor may still be at it, and knows best when it is done.

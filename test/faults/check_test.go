@@ -101,6 +101,9 @@ func (l *lab) checkOwners(d *statedir.Dir) {
 			l.Fatal(err)
 		}
 		for _, s := range snapshots {
+			if s.Temporary {
+				l.Errorf("workspace %s has the snapshot %s of a fork that is over", ws.WorkspaceID, s.SnapshotName)
+			}
 			for _, layer := range append(s.Chain, s.Layer) {
 				l.mustExist(d, layer)
 			}

@@ -142,7 +142,7 @@ var crashes = map[string]crash{
 		after:   snapshotsWork,
 	},
 	"fork with memory": {
-		points: []string{"snapshot", "spawn"}, memory: true,
+		points: []string{"fork", "snapshot", "spawn"}, memory: true,
 		args: func(*lab) []string {
 			return []string{"workspace", "fork", "w", "--memory", "--name", "child"}
 		},
@@ -162,6 +162,11 @@ var crashes = map[string]crash{
 			}
 			forked(l)
 		},
+	},
+	"fork": {
+		points: []string{"fork"},
+		args:   func(*lab) []string { return []string{"workspace", "fork", "w", "--count", "2", "--name", "child"} },
+		after:  forked,
 	},
 	"reset to a memory": {
 		points: []string{"reset", "spawn"}, memory: true,
@@ -291,7 +296,7 @@ var elsewhere = map[string][]string{
 
 // costly are the engines on which a boot takes seconds: they go through the
 // operations that change disks, the only ones that they do in another way.
-var costly = map[string]string{"qemu": "^(snapshot|pause|wake|supervise-snapshot|supervise-save|compact|snapshot-stopped|reset|stop)/|^supervise/(running|reported)$"}
+var costly = map[string]string{"qemu": "^(snapshot|fork|pause|wake|supervise-snapshot|supervise-save|compact|snapshot-stopped|reset|stop)/|^supervise/(running|reported)$"}
 
 // quick are the operations that every go test ./... goes through.
 var quick = []string{"create supervisor", "delete", "snapshot delete", "export", "exec", "expire"}
@@ -421,6 +426,10 @@ func forked(l *lab) {
 		}
 		l.ok("workspace", "delete", *ws.Name)
 	}
+	if got := l.ok("workspace", "snapshot", "list", "w"); strings.Contains(got, "fork-") {
+		l.Errorf("a fork has left a snapshot: %s", got)
+	}
+	l.check()
 }
 
 // keptOrReset checks that a reset was done or not, and nothing between.
