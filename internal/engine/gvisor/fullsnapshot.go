@@ -182,7 +182,10 @@ func (m *machine) checkpoint(ctx context.Context, dir string) error {
 	// By way of the open directory: the path may not be seen in the namespace.
 	err = m.commandWith(ctx, imageTimeout(m.memMiB), []*os.File{f}, "checkpoint", "--leave-running", "--compression=none",
 		"--image-path=/proc/self/fd/3", m.id)
-	if err != nil {
+	switch {
+	case err != nil && strings.Contains(err.Error(), unix.ENOSPC.Error()):
+		err = api.WithHint(api.Errorf(api.ErrExhausted, "%w", err), "free some space, or leave the memory out")
+	case err != nil:
 		err = api.WithHint(err, "there are things that gVisor cannot save: end what holds them, or leave the memory out, the snapshot then has the disk")
 	}
 	return err

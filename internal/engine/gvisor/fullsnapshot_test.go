@@ -12,10 +12,13 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
+	"github.com/pyro-mcp/pyro/internal/testenv"
 )
 
 // save saves m with its memory, and returns what a machine starts from.
@@ -293,5 +296,77 @@ func TestStartFromBadImage(t *testing.T) {
 	c := start(t, e, copyOf(t, layer, memory))
 	if got := guest(t, c, "cat /workspace/f"); got != "1\n" {
 		t.Errorf("the image itself has %q", got)
+	}
+}
+
+// A host without the room refuses to save a machine, and one whose room goes
+// meanwhile gives up. The machine goes on.
+func TestSaveOnAFullDisk(t *testing.T) {
+	e := newEngine(t)
+	spec := on(t)
+	spec.MemMiB = 512
+	m := start(t, e, spec)
+	guest(t, m, "head -c 150000000 /dev/urandom >/dev/shm/big")
+	small := t.TempDir()
+	resize := func(flags uintptr, mib int) {
+		t.Helper()
+		err := unix.Mount("none", small, "tmpfs", flags, fmt.Sprintf("size=%dM", mib))
+		testenv.Require(t, "root", err == nil, fmt.Sprintf("mounting a small file system: %v", err))
+	}
+	resize(0, 200)
+	t.Cleanup(func() {
+		if err := unix.Unmount(small, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	memory, layer := filepath.Join(small, "memory"), filepath.Join(t.TempDir(), "layer")
+	nothingLeft := func() {
+		t.Helper()
+		for _, dir := range []string{small, filepath.Dir(layer)} {
+			if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+				t.Errorf("%v is left, %v", left, err)
+			}
+		}
+		if got := guest(t, m, "echo on"); got != "on\n" {
+			t.Errorf("the guest says %q", got)
+		}
+	}
+	if _, err := m.(engine.FullSnapshotter).SnapshotFull(t.Context(), layer, memory); !errors.Is(err, api.ErrExhausted) || api.Hint(err) == "" {
+		t.Errorf("saving to a full disk: %v (%s), want ErrExhausted with a hint", err, api.Hint(err))
+	}
+	nothingLeft()
+
+	for try := 0; ; try++ {
+		resize(unix.MS_REMOUNT, 600)
+		shrunk := make(chan error, 1)
+		go func() {
+			for end := time.Now().Add(20 * time.Second); time.Now().Before(end); {
+				if _, err := os.Lstat(memory + engine.UnfinishedSuffix + "/pages.img"); err == nil {
+					break
+				}
+			}
+			shrunk <- unix.Mount("none", small, "tmpfs", unix.MS_REMOUNT, "size=100M") // refused to those who have more in it
+		}()
+		_, err := m.(engine.FullSnapshotter).SnapshotFull(t.Context(), layer, memory)
+		late := <-shrunk
+		if err == nil && late != nil && try < 10 {
+			if err := errors.Join(os.RemoveAll(memory), os.Remove(layer)); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
+		if !errors.Is(err, api.ErrExhausted) || api.Hint(err) == "" {
+			t.Errorf("saving to a disk that fills up: %v (%s), want ErrExhausted with a hint", err, api.Hint(err))
+		}
+		break
+	}
+	resize(unix.MS_REMOUNT, 600)
+	nothingLeft()
+	if _, err := m.(engine.FullSnapshotter).SnapshotFull(t.Context(), layer, memory); err != nil {
+		t.Errorf("with room again: %v", err)
+	}
+	c := start(t, e, func() engine.MachineSpec { s := copyOf(t, layer, memory); s.MemMiB = 512; return s }())
+	if got := guest(t, c, "stat -c %s /dev/shm/big"); got != "150000000\n" {
+		t.Errorf("the copy has %q", got)
 	}
 }
