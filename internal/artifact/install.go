@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/statedir"
 )
 
@@ -235,6 +236,7 @@ func (s *Store) moveIn(ctx context.Context, in Install, b *Build, m Manifest) er
 	if err := syncDir(filepath.Dir(object)); err != nil {
 		return err
 	}
+	failpoint.Hit("install/moved")
 	return s.writeRef(in, m.Digest)
 }
 

@@ -10,9 +10,12 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/artifact"
 	"github.com/pyro-mcp/pyro/internal/failpoint"
+	"github.com/pyro-mcp/pyro/internal/statedir"
 	"github.com/pyro-mcp/pyro/test/build"
 )
 
@@ -380,6 +383,85 @@ func (l *lab) crash(c crash, point string) {
 	l.check()
 }
 
+// templateSteps are the operations of a first start that leaves a template.
+var templateSteps = []string{"template", "install"}
+
+// TestCrashTemplate kills the supervisor of a first start between any two steps of
+// leaving a template for the next one. That is there or not: the next start is as
+// good as ever, and those after it are warm.
+func TestCrashTemplate(t *testing.T) {
+	if engineName() != "qemu" {
+		t.Skip("no other engine has templates")
+	}
+	points := failpoints(t)
+	l := newLab(t)
+	user, err := statedir.DefaultCache(os.Getenv)
+	if err != nil {
+		t.Fatal(err)
+	}
+	templates, err := artifact.Open(artifact.Options{Dir: filepath.Join(user, "templates"), Noun: "template"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A shape of machine that nobody else has.
+	const memMiB = "391"
+	forget := func() {
+		t.Helper()
+		refs, err := templates.Refs()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range refs {
+			if strings.Contains(r.Name, "-"+memMiB+"MiB-") {
+				if err := templates.Forget(r.Name); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if _, err := templates.Prune(t.Context(), nil, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	defer forget()
+	for _, point := range points {
+		if op, _, _ := strings.Cut(point, "/"); !slices.Contains(templateSteps, op) {
+			continue
+		}
+		t.Run(strings.ReplaceAll(point, "/", "-"), func(t *testing.T) {
+			here := *l
+			l := &here
+			l.T = t
+			forget()
+			create := func(name string) []string { return append(l.createArgs(name), "--mem-mib", memMiB) }
+			// The template may come into its place when the workspace is started.
+			l.runEnv([]string{failpoint.Variable + "=" + point}, create("w")...)
+			l.eventually(within(30*time.Second), "the supervisor has died at "+point, func() bool {
+				ws := l.status("w")
+				return ws == nil || ws.State == api.StateStopped
+			})
+			l.check()
+			l.run("workspace", "delete", "w")
+			for _, name := range []string{"next", "third"} {
+				l.ok(create(name)...)
+				if got := l.exec(name, "cat seeded"); got != "from the seed\n" {
+					l.Errorf("%s holds %q", name, got)
+				}
+				l.ok("workspace", "stop", name) // and has left its template
+			}
+			dir, _ := l.machineOf("third")
+			if b, err := os.ReadFile(dir.SupervisorLog()); !strings.Contains(string(b), "warm=true") {
+				l.Errorf("the third start was not warm: %s, %v", b, err)
+			}
+			if left, _ := filepath.Glob(filepath.Join(templates.Dir(), "build", "*-"+memMiB+"MiB-*", "*")); len(left) > 0 {
+				l.Errorf("the template's building has left %q", left)
+			}
+			l.ok("workspace", "delete", "next")
+			l.ok("workspace", "delete", "third")
+			l.check()
+		})
+	}
+}
+
 // mustStart starts the workspace, if it does not run.
 func mustStart(l *lab) {
 	l.Helper()
@@ -493,6 +575,9 @@ func writePatch(l *lab) {
 func failpoints(t *testing.T) []string {
 	t.Helper()
 	known := map[string]bool{}
+	for _, op := range templateSteps {
+		known[op] = true
+	}
 	for _, c := range crashes {
 		for _, p := range c.points {
 			known[p] = true

@@ -12,6 +12,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 )
 
 // A savedMachine is what a machine was at one moment.
@@ -136,6 +137,7 @@ func (m *machine) awaitMigration(ctx context.Context) error {
 func (m *machine) leaveTemplate(ctx context.Context, t *template, spec engine.MachineSpec, memory *os.File) (installed <-chan struct{}) {
 	done := make(chan struct{})
 	saved, err := m.save(ctx, memory, filepath.Join(spec.Dir, "template-memory"))
+	failpoint.Hit("template/saved")
 	if err != nil {
 		close(done)
 		m.log.Warn("the machine leaves no template for the next", "error", err)

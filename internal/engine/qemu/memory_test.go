@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
@@ -312,6 +313,16 @@ func TestSharedMemoryOnce(t *testing.T) {
 	if err := qemu.SaveMemory(&saved, f); err != nil {
 		t.Fatal(err)
 	}
+	// What a process has left that is gone.
+	stale := qemu.HolderFile(dir, "sha256:99")
+	if err := os.MkdirAll(filepath.Dir(stale), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{stale, stale + ".lock"} {
+		if err := os.WriteFile(path, []byte(`{"process":{"pid":1,"start_time":1,"boot_id":"another"},"fd":3}`), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	want := content(t, f)
 	inodes := make([]uint64, machines)
 	var all sync.WaitGroup
@@ -340,5 +351,9 @@ func TestSharedMemoryOnce(t *testing.T) {
 	all.Wait()
 	if n := len(slices.Compact(slices.Sorted(slices.Values(inodes)))); n != 1 {
 		t.Errorf("%d machines have %d memories", machines, n)
+	}
+	left, err := filepath.Glob(filepath.Join(filepath.Dir(stale), "*"))
+	if err != nil || len(left) != 2 {
+		t.Errorf("notes about holders: %q, %v; want that of this process and its lock", left, err)
 	}
 }

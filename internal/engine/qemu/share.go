@@ -13,7 +13,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/pyro-mcp/pyro/internal/artifact"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 	"github.com/pyro-mcp/pyro/internal/statedir"
 )
@@ -29,6 +28,10 @@ type holder struct {
 	Process hostproc.Identity `json:"process"`
 	FD      int               `json:"fd"`
 }
+
+// lockSuffix is behind the name of such a file for the lock of who fills the
+// memory.
+const lockSuffix = ".lock"
 
 // holdersDir is below the templates' directory.
 const holdersDir = "memory"
@@ -96,7 +99,7 @@ func sharedMemory(ctx context.Context, log *slog.Logger, dir, digest string, siz
 			if err := os.MkdirAll(filepath.Join(dir, holdersDir), 0o700); err != nil {
 				log.Debug("sharing a memory", "error", err)
 			}
-			if lock, err = hostproc.LockWithin(ctx, holderFile(dir, digest)+".lock", fillPatience); err != nil {
+			if lock, err = hostproc.LockWithin(ctx, holderFile(dir, digest)+lockSuffix, fillPatience); err != nil {
 				log.Debug("sharing a memory", "error", err)
 			}
 			f = borrowMemory(dir, digest, size)
@@ -121,7 +124,8 @@ func sharedMemory(ctx context.Context, log *slog.Logger, dir, digest string, siz
 			err = sealMemory(f)
 		}
 		if err == nil && dir != "" {
-			if err := lendMemory(dir, digest, f); err != nil {
+			// A full snapshot's is noted under a new name each time.
+			if err := errors.Join(lendMemory(dir, digest, f), pruneHolders(dir)); err != nil {
 				log.Warn("machines will not share memory", "error", err)
 			}
 		}
@@ -130,12 +134,9 @@ func sharedMemory(ctx context.Context, log *slog.Logger, dir, digest string, siz
 	return f, done, nil
 }
 
-// pruneHolders removes the files about templates that are not there any more.
-func pruneHolders(dir string, refs []artifact.Ref) error {
-	there := map[string]bool{}
-	for _, r := range refs {
-		there[filepath.Base(holderFile(dir, r.Digest))] = true
-	}
+// pruneHolders removes the files about processes that are gone, and the locks
+// beside them. A start that waits for such a lock fills a memory of its own.
+func pruneHolders(dir string) error {
 	entries, err := os.ReadDir(filepath.Join(dir, holdersDir))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -145,8 +146,15 @@ func pruneHolders(dir string, refs []artifact.Ref) error {
 	}
 	var errs []error
 	for _, e := range entries {
-		if !there[e.Name()] {
-			errs = append(errs, os.Remove(filepath.Join(dir, holdersDir, e.Name())))
+		path := filepath.Join(dir, holdersDir, e.Name())
+		var h holder
+		if !strings.HasSuffix(path, ".json") || statedir.ReadJSON(path, &h) == nil && h.Process.Alive() {
+			continue
+		}
+		for _, path := range []string{path, path + lockSuffix} {
+			if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+				errs = append(errs, err)
+			}
 		}
 	}
 	return errors.Join(errs...)

@@ -21,6 +21,7 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/artifact"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 )
 
 // templateFormat is the form of a template's files and of what host and guest
@@ -181,12 +182,16 @@ func (t *template) install(ctx context.Context, saved *savedMachine) error {
 	h, err := t.store.Do(ctx, artifact.Install{
 		Name: t.name, Recipe: t.recipe, NeedBytes: saved.size,
 		Build: func(_ context.Context, b *artifact.Build) error {
+			failpoint.Hit("template/begun")
 			if err := os.WriteFile(filepath.Join(b.Out, templateState), saved.state, 0o600); err != nil {
 				return err
 			}
-			return moveFile(saved.memory, filepath.Join(b.Out, templateMemory))
+			err := moveFile(saved.memory, filepath.Join(b.Out, templateMemory))
+			failpoint.Hit("template/written")
+			return err
 		},
 	})
+	failpoint.Hit("template/installed")
 	if err != nil {
 		return err
 	}
@@ -276,10 +281,7 @@ func (e *Engine) pruneTemplates(ctx context.Context, dir string, limit int64) (i
 		errs = append(errs, store.Forget(r.Name))
 	}
 	pruned, err := store.Prune(ctx, nil, nil)
-	if refs, err := store.Refs(); err == nil {
-		errs = append(errs, pruneHolders(dir, refs))
-	}
-	if err := errors.Join(append(errs, err)...); err != nil {
+	if err := errors.Join(append(errs, err, pruneHolders(dir))...); err != nil {
 		return pruned.FreedBytes, fmt.Errorf("pruning templates: %w", err)
 	}
 	return pruned.FreedBytes, nil
