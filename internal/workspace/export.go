@@ -71,16 +71,20 @@ func (m *Manager) Export(ctx context.Context, ref string, req api.ExportRequest)
 }
 
 // output is where an export is gathered: a directory beside the place where it
-// will appear, so that a rename puts it there.
+// will appear, so that a rename puts it there. Its flock is held: one that nobody
+// holds is left over.
 type output struct {
 	path   string
 	parent *os.File
 	stage  string // name in parent
+	lock   *os.File
 	root   *os.Root
 }
 
+const stagePrefix = ".pyro-export-"
+
 func newOutput(path string) (_ *output, err error) {
-	o := &output{path: path, stage: ".pyro-export-" + newID()}
+	o := &output{path: path, stage: stagePrefix + newID()}
 	if _, err := os.Lstat(path); err == nil {
 		return nil, outputExists(path)
 	}
@@ -94,11 +98,75 @@ func newOutput(path string) (_ *output, err error) {
 			o.parent.Close()
 		}
 	}()
-	if err := unix.Mkdirat(int(o.parent.Fd()), o.stage, 0o700); err != nil {
-		return nil, fmt.Errorf("making a directory beside %s: %w", path, err)
+	removeStages(o.parent)
+	// Another export may take it for left over before it is locked.
+	for range 10 {
+		if err := unix.Mkdirat(int(o.parent.Fd()), o.stage, 0o700); err != nil {
+			return nil, fmt.Errorf("making a directory beside %s: %w", path, err)
+		}
+		// A file system without locks loses only the cleaning up.
+		if o.lock, err = lockStage(o.parent, o.stage); !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EWOULDBLOCK) {
+			break
+		}
+		o.stage = stagePrefix + newID()
 	}
-	o.root, err = os.OpenRoot(filepath.Join("/proc/self/fd", fmt.Sprint(o.parent.Fd()), o.stage))
+	o.root, err = os.OpenRoot(o.stagePath())
+	if err != nil {
+		o.lock.Close()
+	}
 	return o, err
+}
+
+// stagePath is a path of the stage whatever its parent is called meanwhile.
+func (o *output) stagePath() string { return stagePath(o.parent, o.stage) }
+
+func stagePath(parent *os.File, name string) string {
+	return filepath.Join("/proc/self/fd", fmt.Sprint(parent.Fd()), name)
+}
+
+// lockStage takes the flock of a stage of this user, which has that name then.
+// One that another holds is EWOULDBLOCK, one that is gone ENOENT.
+func lockStage(parent *os.File, name string) (_ *os.File, err error) {
+	fd, err := unix.Openat(int(parent.Fd()), name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), name)
+	defer func() {
+		if err != nil {
+			f.Close()
+		}
+	}()
+	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, err
+	}
+	var held, there unix.Stat_t
+	if err := errors.Join(unix.Fstat(fd, &held), unix.Fstatat(int(parent.Fd()), name, &there, unix.AT_SYMLINK_NOFOLLOW)); err != nil {
+		return nil, err
+	}
+	if held.Ino != there.Ino || held.Dev != there.Dev || int(held.Uid) != os.Geteuid() {
+		return nil, unix.ENOENT
+	}
+	return f, nil
+}
+
+// removeStages removes the stages in parent of exports that were killed.
+func removeStages(parent *os.File) {
+	names, err := os.ReadDir(filepath.Join("/proc/self/fd", fmt.Sprint(parent.Fd())))
+	if err != nil {
+		return // whoever may not list may still write
+	}
+	for _, e := range names {
+		if id, ok := strings.CutPrefix(e.Name(), stagePrefix); !ok || len(id) != idLength || !e.IsDir() {
+			continue
+		}
+		lock, err := lockStage(parent, e.Name())
+		if err != nil {
+			continue
+		}
+		_ = os.RemoveAll(stagePath(parent, e.Name()))
+		lock.Close()
+	}
 }
 
 func outputExists(path string) error {
@@ -192,7 +260,8 @@ func (o *output) publish(kind string) error {
 // discard removes the stage.
 func (o *output) discard() {
 	o.root.Close()
-	_ = os.RemoveAll(filepath.Join("/proc/self/fd", fmt.Sprint(o.parent.Fd()), o.stage))
+	_ = os.RemoveAll(o.stagePath())
+	o.lock.Close()
 	o.parent.Close()
 }
 

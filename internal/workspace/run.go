@@ -155,8 +155,11 @@ func patience(timeScale int) time.Duration {
 	return time.Minute * time.Duration(max(1, min(3, timeScale)))
 }
 
+// idLength is how many characters an id has.
+const idLength = 12
+
 func newID() string {
-	var b [6]byte
+	var b [idLength / 2]byte
 	_, _ = rand.Read(b[:]) // never fails: crypto/rand ends the program instead
 	return hex.EncodeToString(b[:])
 }

@@ -227,6 +227,13 @@ var crashes = map[string]crash{
 				}
 			}
 			kept(l)
+			// Whatever it has left goes with the next one to the same place.
+			again := filepath.Join(l.dir, "again")
+			defer os.RemoveAll(again)
+			l.ok("workspace", "export", "w", "/workspace", "--output", again)
+			if left, _ := filepath.Glob(filepath.Join(l.dir, ".pyro-export-*")); len(left) > 0 {
+				l.Errorf("an export after it leaves %q", left)
+			}
 		},
 	},
 	"sync": {
