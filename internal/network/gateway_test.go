@@ -254,8 +254,19 @@ func TestManyConnections(t *testing.T) {
 	}
 	close(work)
 	wg.Wait()
+	noneOpen(t, g) // which is when they are counted
 	if s := g.Stats(); s.TCP != 2000 || s.Sent != 10_000 {
 		t.Errorf("counted %+v", s)
+	}
+}
+
+// noneOpen waits until the gateway is done with every connection.
+func noneOpen(t *testing.T, g *guest) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); g.Stats().TCPOpen > 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d connections stay open", g.Stats().TCPOpen)
+		}
 	}
 }
 
@@ -400,12 +411,7 @@ func TestDetach(t *testing.T) {
 			t.Fatal("a connection hangs")
 		}
 	}
-	for open := g.Stats(); open.TCPOpen > 0; open = g.Stats() {
-		if ctx.Err() != nil {
-			t.Fatalf("%d connections stay open", open.TCPOpen)
-		}
-		time.Sleep(time.Millisecond)
-	}
+	noneOpen(t, g)
 	if err := g.Detach(ctx); err != nil {
 		t.Errorf("once more: %v", err)
 	}

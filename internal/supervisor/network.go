@@ -130,7 +130,15 @@ func (s *supervisor) startNetwork(ctx context.Context) error {
 
 // stopNetwork takes the guest's network away, if it has one. It returns when
 // nothing passes any more.
-func (s *supervisor) stopNetwork() {
+func (s *supervisor) stopNetwork(ctx context.Context) {
+	if s.dropsNetwork {
+		// The device must be gone from the guest, too, as far as that is honest.
+		giveBack, err := s.takeNetworkAway(ctx)
+		defer giveBack()
+		if err != nil {
+			s.log.Warn("taking the guest's network away", "error", err)
+		}
+	}
 	s.mu.Lock()
 	e := s.egress
 	s.egress = nil
@@ -197,6 +205,9 @@ func (s *supervisor) holdNetwork(ctx context.Context, e *egress, stream *guestcl
 			}
 			e.set(err)
 			if e.awaitBack(ctx) {
+				if ctx.Err() != nil {
+					return
+				}
 				if stream, err = attach(); err == nil {
 					continue
 				}
@@ -212,7 +223,9 @@ func (s *supervisor) holdNetwork(ctx context.Context, e *egress, stream *guestcl
 			return
 		}
 		wait = min(2*wait, reattachMost)
-		e.awaitBack(ctx)
+		if e.awaitBack(ctx); ctx.Err() != nil {
+			return
+		}
 		var err error
 		if stream, err = attach(); err != nil {
 			s.log.Warn("attaching the guest's network", "error", err)

@@ -48,7 +48,7 @@ func (s *supervisor) snapshot(ctx context.Context, req snapshotRequest) (frozen 
 	if req.Sleep {
 		// The engine lets the machine go on for a moment after it is saved, which
 		// is forgotten. What it sends then it will send again.
-		s.stopNetwork()
+		s.stopNetwork(ctx)
 		defer func() {
 			if err != nil {
 				if netErr := s.startNetwork(life); netErr != nil {
