@@ -238,7 +238,7 @@ type frozen struct {
 
 // freeze makes what the running machine's disk holds now a frozen layer.
 //
-// take does it, as supervisor.Client's SnapshotFull, given the paths of a new
+// take does it, as supervisor.Client's Snapshot, given the paths of a new
 // layer and, unless memory is "", of the memory of that name. keep records the
 // result: until it has returned, this workspace's record names the new files.
 func (h *held) freeze(ctx context.Context, memory string, take func(ctx context.Context, spare, memory string) (string, error), keep func(frozen) error) error {
