@@ -35,6 +35,12 @@ type ExecIO struct {
 // end it (TERM, a grace, KILL) before the host gives up.
 const execSlack = 30 * time.Second
 
+// execLimit is when the host gives up on a command with a time limit. A guest that
+// needs longer is not slow, it stands still.
+func (c *Client) execLimit(timeout time.Duration) time.Duration {
+	return timeout + execSlack + c.opts.Patience/4
+}
+
 // Exec runs one command in the streaming form and returns when it has ended
 // and its output was written. The reply's Stdout and Stderr are empty. A
 // command that exits non-zero is a reply, not an error. When ctx ends the
@@ -60,7 +66,7 @@ func (c *Client) exec(ctx context.Context, req guestproto.ExecRequest, streams E
 	outer := ctx
 	if timeout > 0 {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, timeout+execSlack+c.opts.Patience,
+		ctx, cancel = context.WithTimeoutCause(ctx, c.execLimit(timeout),
 			api.Errorf(api.ErrDeadline, "the guest did not end the command at its time limit"))
 		defer cancel()
 	}
@@ -350,7 +356,7 @@ func (c *Client) ExecPlain(ctx context.Context, req guestproto.ExecRequest) (gue
 	// Without a limit of its own the command runs until ctx ends.
 	limit := time.Duration(math.MaxInt64 / 4)
 	if timeout > 0 {
-		limit = timeout + execSlack + c.opts.Patience
+		limit = c.execLimit(timeout)
 	}
 	if err := c.ask(ctx, doing, limit, req, &r, "stdout", "stderr", "exit_code"); err != nil {
 		return guestproto.ExecReply{}, err

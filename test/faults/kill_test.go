@@ -195,7 +195,9 @@ func TestStopFrozen(t *testing.T) {
 			if began := time.Now(); here.status("w") == nil || time.Since(began) > 2*time.Second {
 				t.Errorf("status of a frozen machine took %v", time.Since(began))
 			}
-			if res := here.run("workspace", "exec", "w", "--timeout-seconds", "1", "--", "true"); res.code == 0 || res.took > within(60*time.Second) {
+			// Not every process of a sandbox has a part in a command.
+			needed := name == "supervisor" || engineName() == "qemu"
+			if res := here.run("workspace", "exec", "w", "--timeout-seconds", "1", "--", "true"); needed && res.code == 0 || res.took > within(40*time.Second) {
 				t.Errorf("a command in a frozen machine: %s", res)
 			}
 			if res := here.run("workspace", "stop", "w"); res.code != 0 || res.took > within(15*time.Second) {
