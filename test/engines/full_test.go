@@ -78,7 +78,7 @@ func TestFullSnapshot(t *testing.T) {
 		if now, err := c.Client.StatusService(t.Context(), "counter"); err != nil || now.PID == nil || *now.PID != *service.PID || now.State != service.State {
 			t.Errorf("the service in %s: %+v, %v; want that of before, %+v", name, now, err, service)
 		}
-		if d := skew(t, c); d > 500*time.Millisecond {
+		if d := skew(t, c); d > maxSkew {
 			t.Errorf("the clock of %s is wrong by %v", name, d)
 		}
 	}
