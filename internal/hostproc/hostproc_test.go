@@ -3,6 +3,7 @@ package hostproc_test
 import (
 	"context"
 	"errors"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
@@ -150,4 +151,38 @@ func TestLockPassesToChildren(t *testing.T) {
 		t.Fatalf("TryLock after the child ended: %v", err)
 	}
 	again.Close()
+}
+
+// A lock on a file that its last holder has removed keeps nobody out: who waited
+// for it gets one on the file that is there then.
+func TestLockOfRemovedFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock")
+	for range 2000 {
+		first, err := hostproc.TryLock(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make(chan *hostproc.Lock)
+		go func() {
+			for {
+				l, err := hostproc.TryLock(path)
+				if err == nil {
+					got <- l
+					return
+				}
+				if !errors.Is(err, api.ErrBusy) {
+					t.Error(err)
+				}
+			}
+		}()
+		if err := errors.Join(os.Remove(path), first.Close()); err != nil {
+			t.Fatal(err)
+		}
+		second := <-got
+		if l, err := hostproc.TryLock(path); !errors.Is(err, api.ErrBusy) {
+			l.Close()
+			t.Fatalf("beside the lock that somebody has: %v, want ErrBusy", err)
+		}
+		second.Close()
+	}
 }

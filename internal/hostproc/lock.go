@@ -22,19 +22,35 @@ type Lock struct {
 // TryLock takes an exclusive lock on path, creating the file if needed. A lock
 // that somebody holds is api.ErrBusy, at once.
 func TryLock(path string) (*Lock, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	for {
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil && isAt(f, path) {
+			return &Lock{f}, nil
+		}
+		f.Close()
+		switch {
+		case err == nil:
+			// Its last holder has removed the file: this was a lock on nothing.
+		case errors.Is(err, unix.EWOULDBLOCK):
+			return nil, fmt.Errorf("locking %s: %w", path, api.ErrBusy)
+		default:
+			return nil, fmt.Errorf("locking %s: %w", path, err)
+		}
+	}
+}
+
+// isAt reports whether path is still the name of the open file.
+func isAt(f *os.File, path string) bool {
+	open, err := f.Stat()
 	if err != nil {
-		return nil, err
+		return false
 	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	if err == nil {
-		return &Lock{f}, nil
-	}
-	f.Close()
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return nil, fmt.Errorf("locking %s: %w", path, api.ErrBusy)
-	}
-	return nil, fmt.Errorf("locking %s: %w", path, err)
+	there, err := os.Lstat(path)
+	return err == nil && os.SameFile(open, there)
 }
 
 // LockWithin is [TryLock] that goes on trying for patience: for locks that are

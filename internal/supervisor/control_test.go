@@ -1,6 +1,7 @@
 package supervisor
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -106,6 +108,40 @@ func TestClientOfADeadSupervisor(t *testing.T) {
 	}
 	if _, err := NewClient(state.Machine("gone")).Status(t.Context()); !errors.Is(err, api.ErrUnavailable) {
 		t.Errorf("got %v, want ErrUnavailable", err)
+	}
+}
+
+// Machines are made while others look for abandoned ones: a directory that is
+// locked stays.
+func TestReapBesideSpawn(t *testing.T) {
+	state, err := statedir.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var reapers sync.WaitGroup
+	defer reapers.Wait()
+	defer cancel()
+	for range 4 {
+		reapers.Go(func() {
+			for ctx.Err() == nil {
+				if _, err := Reap(context.Background(), state); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	for i := range 500 {
+		dir := state.Machine(fmt.Sprint("m", i))
+		lock, err := makeDirectory(t.Context(), dir, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rec := record{ID: dir.ID(), Ephemeral: true}
+		if err := rec.write(dir); err != nil {
+			t.Fatalf("the directory of machine %d is gone: %v", i, err)
+		}
+		lock.Close()
 	}
 }
 

@@ -61,12 +61,7 @@ type Process struct {
 // over, unless its supervisor still lives, which is api.ErrBusy.
 func Spawn(ctx context.Context, o SpawnOptions) (_ *Process, err error) {
 	dir := statedir.Machine(o.Config.Dir)
-	if err := os.Mkdir(dir.Path(), 0o700); err != nil && (o.Config.Ephemeral || !errors.Is(err, os.ErrExist)) {
-		return nil, fmt.Errorf("creating the machine's directory: %w", err)
-	}
-	failpoint.Hit("spawn/directory")
-	// Whoever clears up after killed commands tries every lock for a moment.
-	lock, err := hostproc.LockWithin(ctx, dir.LockFile(), time.Second)
+	lock, err := makeDirectory(ctx, dir, o.Config.Ephemeral)
 	if err != nil {
 		return nil, err
 	}
@@ -121,6 +116,25 @@ func Spawn(ctx context.Context, o SpawnOptions) (_ *Process, err error) {
 	}
 	p.Status = *res.Status
 	return p, nil
+}
+
+// makeDirectory makes the machine's directory, or takes over that of one that is
+// not ephemeral, and locks it.
+func makeDirectory(ctx context.Context, dir statedir.Machine, ephemeral bool) (lock *hostproc.Lock, err error) {
+	// Whoever clears up after killed commands may take a directory that is not
+	// locked yet for an abandoned one, and remove it.
+	for range 10 {
+		if err := os.Mkdir(dir.Path(), 0o700); err != nil && (ephemeral || !errors.Is(err, os.ErrExist)) {
+			return nil, fmt.Errorf("creating the machine's directory: %w", err)
+		}
+		failpoint.Hit("spawn/directory")
+		// And tries every lock for a moment.
+		lock, err = hostproc.LockWithin(ctx, dir.LockFile(), time.Second)
+		if !errors.Is(err, os.ErrNotExist) {
+			break
+		}
+	}
+	return lock, err
 }
 
 func died(dir statedir.Machine, version int, line []byte) error {
