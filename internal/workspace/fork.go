@@ -80,9 +80,14 @@ func (h *held) fork(ctx context.Context, req api.ForkRequest) (_ []*held, err er
 	if err != nil {
 		return nil, api.WithHint(err, "pyro workspace snapshot list %s shows them", refOf(h.Workspace))
 	}
-	if req.Snapshot != "" {
+	// That of a machine which runs was saved just now, and nobody has its digest.
+	if req.Snapshot != "" || from.MemoryDigest != "" {
 		if err := h.m.checkMemory(ctx, from.Memory, from.MemoryDigest); err != nil {
-			return nil, api.WithHint(err, "delete that snapshot; fork from another one or from what runs now")
+			hint := "delete that snapshot; fork from another one or from what runs now"
+			if req.Snapshot == "" {
+				hint = "leave --memory out: the forks then have the disk"
+			}
+			return nil, api.WithHint(err, "%s", hint)
 		}
 	}
 	base, err := st.Snapshot(ctx, h.WorkspaceID, api.BaselineSnapshot)

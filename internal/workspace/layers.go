@@ -234,6 +234,7 @@ func stem(name string) string {
 type frozen struct {
 	chain         []string
 	layer, memory string
+	digest        string // memory's, of one that was saved earlier; "" for a new one
 }
 
 // freeze makes what the running machine's disk holds now a frozen layer.

@@ -69,7 +69,7 @@ func (h *held) snapshot(ctx context.Context, req api.SnapshotRequest) (*api.Snap
 		if f.memory != "" {
 			snap.Kind = api.SnapshotFull
 		}
-		if f.memory != "" && !snap.Temporary {
+		if snap.MemoryDigest = f.digest; f.memory != "" && f.digest == "" && !snap.Temporary {
 			if snap.MemoryDigest, err = h.m.memoryDigest(ctx, f.memory); err != nil {
 				return err
 			}
@@ -119,7 +119,7 @@ func (h *held) snapshot(ctx context.Context, req api.SnapshotRequest) (*api.Snap
 		top := len(h.Layers) - 1
 		f := frozen{chain: h.Layers[:top:top], layer: h.Layers[top]}
 		if req.Memory {
-			f.memory = h.Memory
+			f.memory, f.digest = h.Memory, h.MemoryDigest
 		}
 		err = keep(f)
 	default:

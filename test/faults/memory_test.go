@@ -142,6 +142,29 @@ func TestDamagedSleep(t *testing.T) {
 	}
 }
 
+// TestDamagedSleepInCopies makes what it can of a sleeping workspace whose memory
+// was changed: whatever would run it is refused.
+func TestDamagedSleepInCopies(t *testing.T) {
+	thoroughOnly(t)
+	l := newLab(t)
+	l.needMemory()
+	l.create("w")
+	l.exec("w", "echo acknowledged > kept; sync")
+	fallAsleep(l)
+	for _, path := range l.memories() {
+		l.flip(path)
+	}
+	l.refused(api.Code(api.ErrDamaged), "workspace", "fork", "w", "--memory")
+	l.ok("workspace", "snapshot", "create", "w", "s", "--memory")
+	l.refused(api.Code(api.ErrDamaged), "workspace", "fork", "w", "--snapshot", "s")
+	l.refused(api.Code(api.ErrDamaged), "workspace", "reset", "w", "--snapshot", "s")
+	l.ok("workspace", "fork", "w", "--name", "disk")
+	if got := l.exec("disk", "cat kept; ls /dev/shm"); got != "acknowledged\n" {
+		l.Errorf("a fork of the disk holds %q", got)
+	}
+	l.check()
+}
+
 // TestForgottenSleep leaves a sleeping workspace in every other way than waking
 // it. Its disk is always what it was.
 func TestForgottenSleep(t *testing.T) {
