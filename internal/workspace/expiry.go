@@ -51,11 +51,7 @@ func (m *Manager) Expire(ctx context.Context) error {
 
 // expireAll is expire that looks at every workspace.
 func (m *Manager) expireAll(ctx context.Context, patience time.Duration) (deleted []string, err error) {
-	st, err := m.store(ctx)
-	if err != nil {
-		return nil, err
-	}
-	all, err := st.List(ctx)
+	all, err := m.records(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -331,13 +331,18 @@ func (m *Manager) UpdateWorkspace(ctx context.Context, ref string, u api.Workspa
 	return &h.Workspace.Workspace, nil
 }
 
-// Workspaces lists workspaces, the latest activity first.
-func (m *Manager) Workspaces(ctx context.Context, filter api.WorkspaceFilter) ([]api.Workspace, error) {
+// records returns every workspace as it is on record.
+func (m *Manager) records(ctx context.Context) ([]*store.Workspace, error) {
 	st, err := m.store(ctx)
 	if err != nil {
 		return nil, err
 	}
-	all, err := st.List(ctx)
+	return st.List(ctx)
+}
+
+// Workspaces lists workspaces, the latest activity first.
+func (m *Manager) Workspaces(ctx context.Context, filter api.WorkspaceFilter) ([]api.Workspace, error) {
+	all, err := m.records(ctx)
 	if err != nil {
 		return nil, err
 	}

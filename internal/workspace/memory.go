@@ -22,13 +22,13 @@ func (m *Manager) memoryPath(name string) string {
 	return m.state.Layer(name)
 }
 
-// checkMemorySaved refuses to write the memory of a workspace with secrets.
-func (h *held) checkMemorySaved() error {
+// checkMemorySaved refuses to write the memory of a workspace with secrets. The
+// hint says what can be done instead.
+func (h *held) checkMemorySaved(hint string) error {
 	if len(h.Secrets) == 0 {
 		return nil
 	}
-	return api.WithHint(api.Errorf(api.ErrDenied, "the workspace has secrets, and they would lie in the file of its memory"),
-		"leave --memory out: the snapshot then holds the disk")
+	return api.WithHint(api.Errorf(api.ErrDenied, "the workspace has secrets, and they would lie in the file of its memory"), "%s", hint)
 }
 
 // memoryDigest identifies the content of a memory.

@@ -20,11 +20,7 @@ func (m *Manager) PruneWorkspaces(ctx context.Context) (*api.PruneResult, error)
 	before := diskUsage(m.state.Path())
 	deleted, err := m.expireAll(ctx, 0)
 	errs := []error{err}
-	st, err := m.store(ctx)
-	if err != nil {
-		return nil, err
-	}
-	all, err := st.List(ctx)
+	all, err := m.records(ctx)
 	if err != nil {
 		return nil, err
 	}

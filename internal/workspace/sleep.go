@@ -26,9 +26,8 @@ const compactAt = 16
 
 // pauseToDisk saves the running machine with its memory and ends it.
 func (h *held) pauseToDisk(ctx context.Context) error {
-	if len(h.Secrets) > 0 {
-		return api.WithHint(api.Errorf(api.ErrDenied, "the workspace has secrets, and they would lie in the file of its memory"),
-			"pause it without --to-disk, or stop it: its files are kept")
+	if err := h.checkMemorySaved("pause it without --to-disk, or stop it: its files are kept"); err != nil {
+		return err
 	}
 	if err := h.m.interruptCommands(ctx, h.WorkspaceID); err != nil {
 		return err

@@ -96,7 +96,7 @@ func (h *held) snapshot(ctx context.Context, req api.SnapshotRequest) (*api.Snap
 		}
 		memory := ""
 		if req.Memory {
-			if err := h.checkMemorySaved(); err != nil {
+			if err := h.checkMemorySaved("leave --memory out: the snapshot then holds the disk"); err != nil {
 				return nil, err
 			}
 			memory = newMemory()
