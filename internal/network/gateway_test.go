@@ -23,21 +23,6 @@ import (
 	"github.com/pyro-mcp/pyro/test/netns"
 )
 
-// echo answers each connection with what it sends.
-func echo(l net.Listener) {
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return
-		}
-		go func() {
-			_, _ = io.Copy(c, c)
-			_ = c.(*net.TCPConn).CloseWrite()
-			c.Close()
-		}()
-	}
-}
-
 // events collects what a gateway tells.
 type events struct {
 	mu   sync.Mutex
@@ -83,9 +68,7 @@ func TestTCP(t *testing.T) {
 	outside := netns.New(t)
 	told := newEvents()
 	g := newGuest(t, network.Config{Allow: []netip.Prefix{outside.Network}, Events: told.tell})
-	l := outside.Listen(t)
-	go echo(l)
-	to := addrPort(l.Addr())
+	to := outside.Echo(t)
 
 	t.Run("Echo", func(t *testing.T) {
 		c := g.mustDial(t, to)
@@ -228,14 +211,13 @@ func TestManyConnections(t *testing.T) {
 	t.Parallel()
 	outside := netns.New(t)
 	g := newGuest(t, network.Config{Allow: []netip.Prefix{outside.Network}})
-	l := outside.Listen(t)
-	go echo(l)
+	to := outside.Echo(t)
 	var wg sync.WaitGroup
 	work := make(chan int)
 	for range 100 {
 		wg.Go(func() {
 			for range work {
-				c, err := g.dial(t.Context(), addrPort(l.Addr()))
+				c, err := g.dial(t.Context(), to)
 				if err != nil {
 					t.Error(err)
 					continue
@@ -276,19 +258,18 @@ func TestConnectionLimit(t *testing.T) {
 	outside := netns.New(t)
 	told := newEvents()
 	g := newGuest(t, network.Config{Allow: []netip.Prefix{outside.Network}, Events: told.tell})
-	l := outside.Listen(t)
-	go echo(l)
+	to := outside.Echo(t)
 	const limit = 1024
 	var open []io.Closer
 	for range limit {
-		open = append(open, g.mustDial(t, addrPort(l.Addr())))
+		open = append(open, g.mustDial(t, to))
 	}
 	if s := g.Stats(); s.TCPOpen != limit {
 		t.Fatalf("counted %+v", s)
 	}
 	one := make(chan error, 1)
 	go func() {
-		c, err := g.dial(t.Context(), addrPort(l.Addr()))
+		c, err := g.dial(t.Context(), to)
 		if err == nil {
 			c.Close()
 		}
@@ -361,17 +342,13 @@ func TestUDP(t *testing.T) {
 	})
 }
 
-// After Close nothing is left, whatever was going on.
 // A guest whose device is taken away learns of it on every connection, also where
 // data is under way, and both sides of the gateway are done with them.
 func TestDetach(t *testing.T) {
 	t.Parallel()
 	outside := netns.New(t)
-	told := newEvents()
-	g := newGuest(t, network.Config{Allow: []netip.Prefix{outside.Network}, Events: told.tell})
-	l := outside.Listen(t)
-	go echo(l)
-	to := addrPort(l.Addr())
+	g := newGuest(t, network.Config{Allow: []netip.Prefix{outside.Network}})
+	to := outside.Echo(t)
 	idle, busy := g.mustDial(t, to), g.mustDial(t, to)
 	for _, c := range []io.ReadWriter{idle, busy} {
 		if _, err := io.WriteString(c, "x"); err != nil {
@@ -417,16 +394,16 @@ func TestDetach(t *testing.T) {
 	}
 }
 
+// After Close nothing is left, whatever was going on.
 func TestCloseLeavesNothing(t *testing.T) {
 	outside := netns.New(t)
 	before := runtime.NumGoroutine()
 	t.Run("Use", func(t *testing.T) {
 		g := newGuest(t, network.Config{Allow: []netip.Prefix{outside.Network}})
-		l := outside.Listen(t)
-		go echo(l)
+		to := outside.Echo(t)
 		peer := outside.ListenPacket(t)
 		for range 20 {
-			c := g.mustDial(t, addrPort(l.Addr()))
+			c := g.mustDial(t, to)
 			if _, err := c.Write([]byte("x")); err != nil {
 				t.Fatal(err)
 			}
@@ -434,7 +411,7 @@ func TestCloseLeavesNothing(t *testing.T) {
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		_, _ = g.dial(ctx, addrPort(l.Addr())) // given up half-way
+		_, _ = g.dial(ctx, to) // given up half-way
 		g.Close()
 		g.Close()
 		if s := g.Stats(); s.TCPOpen != 0 || s.UDPOpen != 0 {

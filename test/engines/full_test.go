@@ -161,19 +161,7 @@ func standStill(t *testing.T, g *enginetest.Guest) {
 func TestSaveConnected(t *testing.T) {
 	e := isolating(t)
 	outside := netns.New(t)
-	l := outside.Listen(t)
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				_, _ = io.Copy(c, c)
-			}()
-		}
-	}()
+	echo := outside.Echo(t)
 	p, m := supervised(t, e, api.NetworkEgressPublishing, outside)
 	service := func(name, command string) {
 		t.Helper()
@@ -187,7 +175,7 @@ import os, socket, time
 n = made = 0
 while True:
     try:
-        s = socket.create_connection(("`+strings.Replace(l.Addr().String(), ":", `", `, 1)+`), 5)
+        s = socket.create_connection(("`+strings.Replace(echo.String(), ":", `", `, 1)+`), 5)
         s.settimeout(30)
         f = s.makefile("rwb")
         made += 1
@@ -297,7 +285,7 @@ while True:
 	if _, err := io.ReadFull(c, answer); err != nil || string(answer) != "hello" {
 		t.Errorf("the copy's service answers %q, %v", answer, err)
 	}
-	if out, errs, _ := m2.sh(t, "set -- "+l.Addr().String()+"; "+connects, 0); out != "reached "+l.Addr().String()+"\n" {
+	if out, errs, _ := m2.sh(t, "set -- "+echo.String()+"; "+connects, 0); out != "reached "+echo.String()+"\n" {
 		t.Errorf("in the copy: %q, %s", out, errs)
 	}
 }

@@ -4,6 +4,7 @@ package netns
 
 import (
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -123,6 +124,28 @@ func (o *Outside) Listen(t testing.TB) net.Listener {
 	}
 	t.Cleanup(func() { l.Close() })
 	return l
+}
+
+// Echo listens on a TCP port outside until the test ends, and sends back what
+// each connection brings, up to its end.
+func (o *Outside) Echo(t testing.TB) netip.AddrPort {
+	t.Helper()
+	l := o.Listen(t)
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				_, _ = io.Copy(c, c)
+				_ = c.(*net.TCPConn).CloseWrite()
+			}()
+		}
+	}()
+	at := l.Addr().(*net.TCPAddr).AddrPort()
+	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 }
 
 // ListenPacket listens on a UDP port outside until the test ends.
