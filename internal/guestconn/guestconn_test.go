@@ -67,6 +67,22 @@ func serve(t testing.TB, dial func(context.Context, uint32) (net.Conn, error)) s
 	return path
 }
 
+// exchange sends size bytes, others for each seed, to a peer that sends back what it
+// gets, and compares.
+func exchange(t testing.TB, c net.Conn, seed, size int) {
+	t.Helper()
+	data := make([]byte, size)
+	_, _ = rand.NewChaCha8([32]byte{byte(seed)}).Read(data)
+	go func() {
+		_, _ = c.Write(data)
+		_ = c.(interface{ CloseWrite() error }).CloseWrite()
+	}()
+	got, err := io.ReadAll(c)
+	if err != nil || sha256.Sum256(got) != sha256.Sum256(data) {
+		t.Errorf("connection %d: sent %d bytes, got %d, %v", seed, len(data), len(got), err)
+	}
+}
+
 func TestHybridHandshake(t *testing.T) {
 	tests := []struct {
 		name, answer string
@@ -331,16 +347,7 @@ func TestThroughEverything(t *testing.T) {
 				return
 			}
 			defer c.Close()
-			data := make([]byte, 1<<20+i)
-			_, _ = rand.NewChaCha8([32]byte{byte(i)}).Read(data)
-			go func() {
-				_, _ = c.Write(data)
-				_ = c.(*net.UnixConn).CloseWrite()
-			}()
-			got, err := io.ReadAll(c)
-			if err != nil || sha256.Sum256(got) != sha256.Sum256(data) {
-				t.Errorf("connection %d: sent %d bytes, got %d, %v", i, len(data), len(got), err)
-			}
+			exchange(t, c, i, 1<<20+i)
 		})
 	}
 	wg.Wait()

@@ -3,11 +3,9 @@ package guestconn_test
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"os"
 	"strings"
@@ -62,16 +60,7 @@ func TestSplicedSession(t *testing.T) {
 				return
 			}
 			defer c.Close()
-			data := make([]byte, 8<<20+i)
-			_, _ = rand.NewChaCha8([32]byte{byte(i)}).Read(data)
-			go func() {
-				_, _ = c.Write(data)
-				_ = c.(interface{ CloseWrite() error }).CloseWrite()
-			}()
-			got, err := io.ReadAll(c)
-			if err != nil || sha256.Sum256(got) != sha256.Sum256(data) {
-				t.Errorf("stream %d: sent %d bytes, got %d, %v", i, len(data), len(got), err)
-			}
+			exchange(t, c, i, 8<<20+i)
 		})
 	}
 	go func() { streams.Wait(); close(done) }()
