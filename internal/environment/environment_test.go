@@ -190,6 +190,22 @@ func TestUnknownName(t *testing.T) {
 	}
 }
 
+// garble changes an installed image behind pyro's back.
+func garble(t *testing.T, path string) {
+	t.Helper()
+	if err := os.Chmod(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt([]byte("garbage"), 5<<20); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestDamagedIsReportedAndHealed(t *testing.T) {
 	s, dir := newStore(t, "")
 	img, err := s.Use(t.Context(), envName, nil)
@@ -197,17 +213,7 @@ func TestDamagedIsReportedAndHealed(t *testing.T) {
 		t.Fatal(err)
 	}
 	img.Close()
-	if err := os.Chmod(img.Path, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	f, err := os.OpenFile(img.Path, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := f.WriteAt([]byte("garbage"), 5<<20); err != nil {
-		t.Fatal(err)
-	}
-	f.Close()
+	garble(t, img.Path)
 	if _, err := s.Use(t.Context(), envName, nil); !errors.Is(err, api.ErrDamaged) || !strings.Contains(api.Hint(err), "pyro env pull "+envName) {
 		t.Errorf("use gave %v, hint %q", err, api.Hint(err))
 	}

@@ -278,17 +278,7 @@ func TestImageDamaged(t *testing.T) {
 		t.Fatal(err)
 	}
 	img.Close()
-	if err := os.Chmod(img.Path, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	f, err := os.OpenFile(img.Path, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := f.WriteAt([]byte("garbage"), 5<<20); err != nil {
-		t.Fatal(err)
-	}
-	f.Close()
+	garble(t, img.Path)
 	if _, err := s.Use(t.Context(), host+"/a:1", nil); !errors.Is(err, api.ErrDamaged) || !strings.Contains(api.Hint(err), "pyro env pull ") {
 		t.Errorf("use gave %v, hint %q", err, api.Hint(err))
 	}
