@@ -32,6 +32,18 @@ func (l *lab) needMemory() {
 	}
 }
 
+// newMemoryLab returns a lab with a workspace w that has something acknowledged on
+// its disk, on an engine that can save memory.
+func newMemoryLab(t *testing.T) *lab {
+	t.Helper()
+	thoroughOnly(t)
+	l := newLab(t)
+	l.needMemory()
+	l.create("w")
+	l.exec("w", "echo acknowledged > kept; sync")
+	return l
+}
+
 // memories returns the files of all saved memories.
 func (l *lab) memories() []string {
 	l.Helper()
@@ -89,11 +101,7 @@ func (l *lab) flip(path string) {
 // TestDamagedMemory flips a bit in each file of a full snapshot. Nothing starts
 // from that, and the workspace has noticed nothing.
 func TestDamagedMemory(t *testing.T) {
-	thoroughOnly(t)
-	l := newLab(t)
-	l.needMemory()
-	l.create("w")
-	l.exec("w", "echo acknowledged > kept; sync")
+	l := newMemoryLab(t)
 	l.ok("workspace", "snapshot", "create", "w", "s", "--memory")
 	l.exec("w", "echo running > /dev/shm/running")
 	for _, path := range l.memories() {
@@ -119,11 +127,7 @@ func TestDamagedMemory(t *testing.T) {
 // TestDamagedSleep wakes a workspace whose memory cannot be used any more: it
 // boots from its disk, and says what is lost.
 func TestDamagedSleep(t *testing.T) {
-	thoroughOnly(t)
-	l := newLab(t)
-	l.needMemory()
-	l.create("w")
-	l.exec("w", "echo acknowledged > kept; sync")
+	l := newMemoryLab(t)
 	for what, damage := range map[string]func(path string){
 		"changed": l.flip,
 		"gone":    func(path string) { _ = os.Remove(path) },
@@ -145,11 +149,7 @@ func TestDamagedSleep(t *testing.T) {
 // TestDamagedSleepInCopies makes what it can of a sleeping workspace whose memory
 // was changed: whatever would run it is refused.
 func TestDamagedSleepInCopies(t *testing.T) {
-	thoroughOnly(t)
-	l := newLab(t)
-	l.needMemory()
-	l.create("w")
-	l.exec("w", "echo acknowledged > kept; sync")
+	l := newMemoryLab(t)
 	fallAsleep(l)
 	for _, path := range l.memories() {
 		l.flip(path)
@@ -168,11 +168,7 @@ func TestDamagedSleepInCopies(t *testing.T) {
 // TestForgottenSleep leaves a sleeping workspace in every other way than waking
 // it. Its disk is always what it was.
 func TestForgottenSleep(t *testing.T) {
-	thoroughOnly(t)
-	l := newLab(t)
-	l.needMemory()
-	l.create("w")
-	l.exec("w", "echo acknowledged > kept; sync")
+	l := newMemoryLab(t)
 	fallAsleep(l)
 	if ws := l.status("w"); ws.State != api.StatePaused || !ws.PausedToDisk {
 		t.Errorf("asleep: %+v", ws)
