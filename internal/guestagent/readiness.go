@@ -36,7 +36,8 @@ type probe struct {
 // wait returns nil once the check succeeds. At the time limit it is ErrDeadline
 // with what the last attempt met.
 func (p *probe) wait(ctx context.Context) error {
-	limited, cancel := context.WithTimeout(ctx, p.timeout)
+	deadline := time.Now().Add(p.timeout)
+	limited, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	var failed error
 	for {
@@ -47,8 +48,9 @@ func (p *probe) wait(ctx context.Context) error {
 			return nil
 		}
 		// An attempt that the time limit cut short tells less than the one
-		// before.
-		if failed == nil || limited.Err() == nil {
+		// before. The clock decides: a dial gives up by the clock, and
+		// limited.Err comes by a timer that may be later.
+		if failed == nil || time.Now().Before(deadline) {
 			failed = err
 		}
 		t := time.NewTimer(p.interval)

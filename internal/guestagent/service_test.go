@@ -3,6 +3,7 @@ package guestagent_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -49,6 +50,12 @@ func (a *agent) logs(t testing.TB, name string, tail *int64) guestproto.ServiceL
 		t.Fatal(err)
 	}
 	return logs
+}
+
+// asJSON shows what a service's pointers hold.
+func asJSON(sv guestproto.Service) []byte {
+	b, _ := json.Marshal(sv)
+	return b
 }
 
 func lines(n int64) *int64 { return &n }
@@ -109,7 +116,7 @@ func TestServiceReadiness(t *testing.T) {
 			sv := a.start(t, req)
 			if test.failure == "" {
 				if sv.State != "running" || sv.ReadyAt == nil || sv.PID == nil || sv.EndedAt != nil || sv.StopReason != nil {
-					t.Errorf("the service is %+v", sv)
+					t.Errorf("the service is %s", asJSON(sv))
 				}
 				if d := cmp.Diff(test.ready, sv.Readiness); d != "" {
 					t.Error(d)
@@ -119,10 +126,10 @@ func TestServiceReadiness(t *testing.T) {
 				}
 				sv, err := a.StopService(testContext(t), test.name, -1)
 				if err != nil || sv.State != "stopped" || *sv.StopReason != "it was stopped" || *sv.ExitCode != 128+15 || sv.PID != nil || sv.EndedAt == nil {
-					t.Errorf("stopped: %+v, %v", sv, err)
+					t.Errorf("stopped: %s, %v", asJSON(sv), err)
 				}
 			} else if sv.State != "failed" || sv.StopReason == nil || !strings.Contains(*sv.StopReason, test.failure) || sv.EndedAt == nil || sv.PID != nil {
-				t.Errorf("the service is %+v", sv)
+				t.Errorf("the service is %s", asJSON(sv))
 			}
 			if left := running("999." + m); len(left) > 0 {
 				t.Errorf("left running: %q", left)
@@ -182,14 +189,14 @@ func TestServiceArgv(t *testing.T) {
 	a := startAgent(t)
 	sv := a.start(t, guestproto.StartService{ServiceName: "s", Command: "shown", Argv: []string{"printf", "<%s>", "a b", "$HOME"}})
 	if sv.Command != "shown" || sv.State != "exited" || *sv.ExitCode != 0 {
-		t.Errorf("%+v", sv)
+		t.Errorf("%s", asJSON(sv))
 	}
 	if logs := a.logs(t, "s", nil); logs.Stdout != "<a b><$HOME>" {
 		t.Errorf("stdout %q", logs.Stdout)
 	}
 	sv = a.start(t, guestproto.StartService{ServiceName: "s", Command: "shown", Argv: []string{"no-such-program"}})
 	if sv.State != "failed" || !strings.Contains(*sv.StopReason, "could not be started") || sv.ExitCode != nil {
-		t.Errorf("a program that does not exist: %+v", sv)
+		t.Errorf("a program that does not exist: %s", asJSON(sv))
 	}
 }
 
@@ -213,7 +220,7 @@ func TestServiceStops(t *testing.T) {
 			began := time.Now()
 			sv, err := a.StopService(testContext(t), test.name, test.grace)
 			if err != nil || sv.State != "stopped" || *sv.ExitCode != test.code {
-				t.Errorf("%+v, %v", sv, err)
+				t.Errorf("%s, %v", asJSON(sv), err)
 			}
 			if took := time.Since(began); took < test.min || took > test.max {
 				t.Errorf("it took %v", took)
@@ -236,11 +243,11 @@ func TestServiceForksAway(t *testing.T) {
 	sv := a.start(t, guestproto.StartService{ServiceName: "d", Command: "setsid sh -c 'echo $$ >pid; exec sleep 999." + m + "' >/dev/null 2>&1 & exit 0",
 		Readiness: &guestproto.Readiness{Type: "command", Command: "kill -0 $(cat pid)"}})
 	if sv.State != "running" {
-		t.Errorf("%+v", sv)
+		t.Errorf("%s", asJSON(sv))
 	}
 	eventually(t, "its first process is gone", func() bool { return a.status(t, "d").PID == nil })
 	if sv := a.status(t, "d"); sv.State != "running" || len(running("sleep\x00999."+m)) != 1 {
-		t.Errorf("%+v", sv)
+		t.Errorf("%s", asJSON(sv))
 	}
 	_, _, _ = a.sh(t, "kill $(cat pid)")
 	eventually(t, "it has ended", func() bool { return a.status(t, "d").State == "exited" })
@@ -258,7 +265,7 @@ func TestServiceRestarts(t *testing.T) {
 	command := `n=$(cat n 2>/dev/null || echo 0); echo $((n+1)) >n; echo run $n; case $n in 0) sleep 0.4; exit 3;; 1) sleep 0.4; kill -9 $$;; esac; exec sleep 999.` + m
 	sv := a.start(t, guestproto.StartService{ServiceName: "r", Command: command, Restart: guestproto.RestartOnFailure})
 	if sv.State != "running" || sv.Restarts != 0 {
-		t.Errorf("%+v", sv)
+		t.Errorf("%s", asJSON(sv))
 	}
 	eventually(t, "the third run lasts", func() bool {
 		sv := a.status(t, "r")
@@ -268,7 +275,7 @@ func TestServiceRestarts(t *testing.T) {
 		t.Errorf("log %q", logs.Stdout)
 	}
 	if sv, err := a.StopService(testContext(t), "r", -1); err != nil || sv.State != "stopped" {
-		t.Errorf("%+v, %v", sv, err)
+		t.Errorf("%s, %v", asJSON(sv), err)
 	}
 
 	// A success is an end, a start that fails is one too, and a stop ends the
@@ -277,12 +284,12 @@ func TestServiceRestarts(t *testing.T) {
 	eventually(t, "it has ended", func() bool { return a.status(t, "once").State == "exited" })
 	sv = a.start(t, guestproto.StartService{ServiceName: "bad", Command: "exit 1", Restart: guestproto.RestartOnFailure})
 	if sv.State != "exited" || *sv.ExitCode != 1 || sv.Restarts != 0 {
-		t.Errorf("one that dies at once: %+v", sv)
+		t.Errorf("one that dies at once: %s", asJSON(sv))
 	}
 	a.start(t, guestproto.StartService{ServiceName: "p", Command: "sleep 0.3; exit 1", Restart: guestproto.RestartOnFailure})
 	eventually(t, "it pauses", func() bool { return a.status(t, "p").State == "starting" })
 	if sv, err := a.StopService(testContext(t), "p", -1); err != nil || sv.State != "stopped" || *sv.ExitCode != 1 {
-		t.Errorf("stopped in the pause: %+v, %v", sv, err)
+		t.Errorf("stopped in the pause: %s, %v", asJSON(sv), err)
 	}
 }
 
@@ -340,7 +347,7 @@ func TestServiceLogsFollow(t *testing.T) {
 	}
 	a.put(t, "go", "", 0o644)
 	if sv := <-done; sv.State != "exited" || *sv.ExitCode != 0 {
-		t.Errorf("it ended with %+v", sv)
+		t.Errorf("it ended with %s", asJSON(sv))
 	}
 	if out.String() != "two\nthree\nfour" || errs.String() != "e\n" {
 		t.Errorf("followed %q and %q", &out, &errs)
@@ -359,7 +366,7 @@ func TestServiceCallerHangsUp(t *testing.T) {
 	}()
 	eventually(t, "it runs", func() bool { return len(running("999."+m)) > 0 })
 	if sv := a.status(t, "h"); sv.State != "starting" {
-		t.Errorf("while it waits it is %+v", sv)
+		t.Errorf("while it waits it is %s", asJSON(sv))
 	}
 	cancel()
 	if err := <-failed; !errors.Is(err, context.Canceled) {
