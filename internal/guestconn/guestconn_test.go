@@ -570,6 +570,9 @@ func TestMuxEndsWithItsPipe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if _, err := guest.Accept(); err != nil { // else it may be had after the end, too
+		t.Fatal(err)
+	}
 	_ = b.Close()
 	if _, err := c.Read(make([]byte, 1)); err == nil {
 		t.Error("a stream outlived its pipe")
