@@ -98,8 +98,9 @@ type MachineSpec struct {
 	// AgentPath is the pyro-agent binary for the guest.
 	AgentPath string
 	Hostname  string
-	// Ephemeral says that the machine's disk dies with it, so that flushing it
-	// to the host's disk is wasted work.
+	// Ephemeral says that the machine's disk dies with it. Nothing needs to
+	// reach the host's disk, and an engine may keep the changes where they can
+	// be had from nowhere else: it may then refuse to take a snapshot.
 	Ephemeral bool
 	// Templates is the directory in which an engine that is a Warmer keeps its
 	// templates. With one of this machine's shape in it Start is warm; without,

@@ -54,17 +54,15 @@ func (m *machine) snapshotTree(ctx context.Context, spare string, hold holder) (
 	if err := to.Mkdir(workDir, 0o755); err != nil {
 		return err
 	}
-	if !m.ephemeral {
-		dir, err := to.Open(".")
-		if err != nil {
-			return err
-		}
-		defer dir.Close()
-		if err := unix.Syncfs(int(dir.Fd())); err != nil {
-			return err
-		}
+	dir, err := to.Open(".")
+	if err != nil {
+		return err
 	}
-	if err := publish(tmp, spare, m.ephemeral); err != nil {
+	defer dir.Close()
+	if err := unix.Syncfs(int(dir.Fd())); err != nil {
+		return err
+	}
+	if err := publish(tmp, spare); err != nil {
 		return err
 	}
 	m.logger.Info("disk frozen", "paused", paused.Round(time.Millisecond), "took", time.Since(begin).Round(time.Millisecond), "files", c.files)

@@ -141,8 +141,8 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 	stopping, markStopping := context.WithCancel(context.Background())
 	m := &machine{
 		stopping: stopping, markStopping: markStopping,
-		runsc: rt, ns: ns, stage: stage(top), id: spec.ID, dir: spec.Dir, ephemeral: spec.Ephemeral, memMiB: spec.MemMiB, limits: lim,
-		parts: parts, ownDisk: spec.Disk == "", logger: spec.Logger,
+		runsc: rt, ns: ns, stage: stage(top), id: spec.ID, ephemeral: spec.Ephemeral, memMiB: spec.MemMiB, limits: lim,
+		parts: parts, logger: spec.Logger,
 		attached: make(chan struct{}), ended: make(chan struct{}), gone: make(chan struct{}),
 	}
 	token, how, image, err := m.beginning(spec)
@@ -188,7 +188,7 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 	}
 	defer w.Close()
 	m.console = out
-	m.run = rt.command(m.stage, append(how, "--bundle", m.stage.bundle(), "--pid-file", m.stage.pid(), m.id)...)
+	m.run = rt.command(m.stage, parts.ownMiB, append(how, "--bundle", m.stage.bundle(), "--pid-file", m.stage.pid(), m.id)...)
 	if image != nil {
 		m.run.ExtraFiles = []*os.File{image}
 	}
@@ -241,6 +241,7 @@ type parts struct {
 	layer  *layer
 	lowers []*os.File        // the layers between, the lowest first
 	mount  func(stage) error // runs in the namespace
+	ownMiB int64             // how large a disk the sandbox keeps for itself in layer, 0 for none
 }
 
 // openParts prepares them: images as root, directories in a user namespace.
@@ -254,6 +255,19 @@ func openParts(ctx context.Context, rootImage *os.File, spec engine.MachineSpec)
 	if len(spec.Layers) > maxLayers {
 		return p, api.Errorf(api.ErrExhausted, "the disk stands on %d layers, the limit is %d", len(spec.Layers), maxLayers)
 	}
+	sizeMiB, err := layerSize(spec.DiskMiB, rootImage)
+	if err != nil {
+		return p, err
+	}
+	if spec.Ephemeral {
+		if spec.Disk != "" || len(spec.Layers) > 0 || spec.Memory != "" {
+			return p, api.Errorf(api.ErrInvalid, "a machine for one use starts with its environment alone")
+		}
+		if p.layer, err = openLayerDir(ctx, filepath.Join(spec.Dir, LayerDir)); err != nil {
+			return p, err
+		}
+		p.ownMiB = sizeMiB
+	}
 	if inUserNamespace() {
 		tree, err := treeOf(ctx, rootImage)
 		if err != nil {
@@ -263,15 +277,17 @@ func openParts(ctx context.Context, rootImage *os.File, spec engine.MachineSpec)
 		if err := p.openLowers(ctx, disk, spec.Layers, unix.O_DIRECTORY); err != nil {
 			return p, err
 		}
-		if p.layer, err = openLayerDir(ctx, disk); err != nil {
-			return p, err
+		if !spec.Ephemeral {
+			if p.layer, err = openLayerDir(ctx, disk); err != nil {
+				return p, err
+			}
 		}
 		p.mount = func(s stage) error { return s.mountTree(tree, disk, p.lowers) }
 		return p, nil
 	}
-	sizeMiB, err := layerSize(spec.DiskMiB, rootImage)
-	if err != nil {
-		return p, err
+	if spec.Ephemeral {
+		p.mount = func(s stage) error { return s.mountEphemeral(rootImage, p.layer) }
+		return p, nil
 	}
 	disk := cmp.Or(spec.Disk, filepath.Join(spec.Dir, LayerFile))
 	if err := p.openLowers(ctx, disk, spec.Layers, 0); err != nil {
@@ -282,10 +298,10 @@ func openParts(ctx context.Context, rootImage *os.File, spec engine.MachineSpec)
 			return p, err
 		}
 	}
-	if p.layer, err = openLayer(ctx, disk, sizeMiB, spec.Ephemeral); err != nil {
+	if p.layer, err = openLayer(ctx, disk, sizeMiB); err != nil {
 		return p, err
 	}
-	p.mount = func(s stage) error { return s.mountRoot(rootImage, p.layer, p.lowers, spec.Ephemeral) }
+	p.mount = func(s stage) error { return s.mountRoot(rootImage, p.layer, p.lowers) }
 	return p, nil
 }
 

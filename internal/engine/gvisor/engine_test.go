@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -214,29 +215,54 @@ func TestStartRefuses(t *testing.T) {
 	}
 }
 
-// The disk of an ephemeral machine is made in its place, and is a disk like any
-// other: as large as was asked for, and whole at the end and in a snapshot.
+// The disk of an ephemeral machine is its sandbox's own: as large as was asked
+// for, no part of the guest's memory, and with no name on the host.
 func TestEphemeralDisk(t *testing.T) {
-	if rootless() {
-		t.Skip("a directory is not made in another way")
-	}
 	spec := newSpec(t)
-	spec.Ephemeral, spec.DiskMiB = true, 300
+	spec.Ephemeral, spec.DiskMiB, spec.MemMiB = true, 300, 256
 	m := start(t, newEngine(t), spec)
-	guest(t, m, "head -c 100M /dev/urandom >/workspace/big && sync && stat -f -c '%b %S' / >/workspace/size")
 	var blocks, size int64
-	if _, err := fmt.Sscan(guest(t, m, "cat /workspace/size"), &blocks, &size); err != nil || blocks*size < 290<<20 || blocks*size > 384<<20 {
+	if _, err := fmt.Sscan(guest(t, m, "stat -f -c '%b %S' /"), &blocks, &size); err != nil || blocks*size != 300<<20 {
 		t.Errorf("a disk of 300 MiB has %d blocks of %d bytes, %v", blocks, size, err)
 	}
-	frozen, err := m.(engine.DiskSnapshotter).SnapshotDisk(t.Context(), filepath.Join(t.TempDir(), "layer"))
-	if err != nil {
-		t.Fatal(err)
+	// More than fits, and more than the memory.
+	if said := guest(t, m, "head -c 400M /dev/urandom 2>&1 >/workspace/big || true"); !strings.Contains(said, "No space left on device") {
+		t.Errorf("a full disk says %q", said)
 	}
-	fsck(t, frozen)
+	sum := guest(t, m, "md5sum </workspace/big")
+	guest(t, m, "python3 -c 'bytearray(128 << 20)' && test $(stat -c %s /workspace/big) -gt 299000000")
+	if again := guest(t, m, "md5sum </workspace/big"); again != sum {
+		t.Error("the file has changed")
+	}
+	if _, err := m.(engine.DiskSnapshotter).SnapshotDisk(t.Context(), filepath.Join(t.TempDir(), "layer")); !errors.Is(err, api.ErrUnsupported) {
+		t.Errorf("a snapshot: %v", err)
+	}
+	err := filepath.WalkDir(spec.Dir, func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrPermission) { // the host's overlay's own
+			return nil
+		}
+		if err == nil && d.Type().IsRegular() {
+			st, err := d.Info()
+			if err != nil || st.Size() > 1<<20 {
+				t.Errorf("%s is there, %d bytes, %v", path, st.Size(), err)
+			}
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
 	if err := m.Stop(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
-	fsck(t, filepath.Join(spec.Dir, gvisor.LayerFile))
+	if err := os.RemoveAll(spec.Dir); err != nil {
+		t.Error(err)
+	}
+	spec = newSpec(t)
+	spec.Ephemeral, spec.Disk = true, filepath.Join(t.TempDir(), "disk")
+	if _, err := newEngine(t).Start(t.Context(), spec); !errors.Is(err, api.ErrInvalid) {
+		t.Errorf("with a disk that stays: %v", err)
+	}
 }
 
 // fsck fails the test unless e2fsck finds the image clean.

@@ -91,7 +91,7 @@ func (m *machine) SnapshotFull(ctx context.Context, spare, memory string) (froze
 	err = writeImageRecord(tmp, imageRecord{Format: imageFormat, Runtime: identity, Token: m.token, IDs: m.ids})
 	failpoint.Hit("supervise-save/written")
 	if err == nil {
-		err = publishDir(tmp, memory, m.ephemeral)
+		err = publishDir(tmp, memory)
 	}
 	if err != nil {
 		return "", errors.Join(fmt.Errorf("saving the machine's memory: %w", err), os.RemoveAll(spare))
@@ -318,7 +318,7 @@ func (r runsc) readImageRecord(dir string) (imageRecord, error) {
 
 // publishDir gives the directory that is complete at tmp its name, after what is
 // in it has become its owner's alone and has reached the disk.
-func publishDir(tmp, name string, ephemeral bool) error {
+func publishDir(tmp, name string) error {
 	entries, err := os.ReadDir(tmp)
 	if err != nil {
 		return err
@@ -329,17 +329,15 @@ func publishDir(tmp, name string, ephemeral bool) error {
 			return err
 		}
 		err = f.Chmod(0o600)
-		if err == nil && !ephemeral {
+		if err == nil {
 			err = f.Sync()
 		}
 		if err := errors.Join(err, f.Close()); err != nil {
 			return err
 		}
 	}
-	if !ephemeral {
-		if err := statedir.SyncDir(tmp); err != nil {
-			return err
-		}
+	if err := statedir.SyncDir(tmp); err != nil {
+		return err
 	}
-	return publish(tmp, name, ephemeral)
+	return publish(tmp, name)
 }

@@ -45,16 +45,13 @@ const layerBlock = 4096
 // slow disk is what can take long.
 const layerWait = 60 * time.Second
 
-// openLayer opens the writable layer at path, making it where it is not there (an
-// ephemeral one blank), at least sizeMiB large, and locked: the lock is held until
+// openLayer opens the writable layer at path, making it where it is not there, at
+// least sizeMiB large, and locked: the lock is held until
 // the returned file and every loop device on it are gone, so no two kernels' worth
 // of caches ever write to one image. It waits for a holder that is on its way out.
-func openLayer(ctx context.Context, path string, sizeMiB int64, ephemeral bool) (*layer, error) {
-	flags := os.O_RDWR | unix.O_NOFOLLOW
-	if ephemeral {
-		flags |= os.O_CREATE
-	}
-	f, err := os.OpenFile(path, flags, 0o600)
+func openLayer(ctx context.Context, path string, sizeMiB int64) (*layer, error) {
+	const flags = os.O_RDWR | unix.O_NOFOLLOW
+	f, err := os.OpenFile(path, flags, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		if err := makeLayer(path, sizeMiB); err != nil {
 			return nil, err
@@ -68,21 +65,11 @@ func openLayer(ctx context.Context, path string, sizeMiB int64, ephemeral bool) 
 		f.Close()
 		return nil, err
 	}
-	st, err := f.Stat()
-	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("opening the writable layer: %w", err)
-	}
-	blank := st.Size() == 0
-	if blank {
-		const group = minLayer >> 20
-		sizeMiB = (max(sizeMiB, 1) + group - 1) / group * group
-	}
 	if err := growFile(f, sizeMiB); err != nil {
 		f.Close()
 		return nil, err
 	}
-	return &layer{f, sizeMiB << 20, blank}, nil
+	return &layer{f, sizeMiB << 20}, nil
 }
 
 // openLayerDir is openLayer for a layer that is a directory.
@@ -105,11 +92,6 @@ func openLayerDir(ctx context.Context, path string) (*layer, error) {
 type layer struct {
 	*os.File
 	size int64 // of an image: how large its file system must be at least, in bytes
-	// blank says that an image holds nothing yet. What goes on a disk that lives
-	// for one machine is written through its loop device: attaching the device
-	// flushes the file to the host's disk, and then there is nothing to flush, and
-	// little to free again at the end.
-	blank bool
 }
 
 // hold returns a descriptor of the layer's own, with which its image can be read

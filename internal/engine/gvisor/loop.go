@@ -60,19 +60,11 @@ func attachLoop(image *os.File, readOnly bool) (*os.File, error) {
 // mountImage mounts the ext4 image on target. The loop device is released with
 // the mount.
 func mountImage(image *os.File, target string, readOnly bool, options string) error {
-	return mountFilled(image, target, readOnly, options, func(*os.File) error { return nil })
-}
-
-// mountFilled is mountImage, and calls fill with the image's device before.
-func mountFilled(image *os.File, target string, readOnly bool, options string, fill func(dev *os.File) error) error {
 	dev, err := attachLoop(image, readOnly)
 	if err != nil {
 		return err
 	}
 	defer dev.Close()
-	if err := fill(dev); err != nil {
-		return fmt.Errorf("filling %s: %w", image.Name(), err)
-	}
 	// Nothing runs or is looked up through this mount on the host; exec stays
 	// allowed, because the sandbox maps the guest's programs from it.
 	flags := uintptr(unix.MS_NODEV | unix.MS_NOSUID | unix.MS_NOATIME)

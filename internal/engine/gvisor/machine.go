@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -32,13 +31,11 @@ type machine struct {
 	ns        *namespace
 	stage     stage
 	id        string
-	dir       string
 	ephemeral bool
 	memMiB    int
 	ids       hostIDs
 	limits    *limits
 	parts     parts
-	ownDisk   bool // the disk lies in dir
 	logger    *slog.Logger
 
 	run     *exec.Cmd // runsc run or restore, in the foreground
@@ -259,7 +256,7 @@ func (m *machine) commandWith(ctx context.Context, limit time.Duration, files []
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	cmd := m.runsc.command(m.stage, args...)
+	cmd := m.runsc.command(m.stage, m.parts.ownMiB, args...)
 	cmd.ExtraFiles = files
 	output := &cappedBuffer{max: 16 << 10}
 	cmd.Stdout, cmd.Stderr = output, output
@@ -309,13 +306,6 @@ func (m *machine) watch() {
 func (m *machine) teardown() {
 	if err := m.ns.do(func() error { return m.stage.unmountRoot(m.ephemeral) }); err != nil {
 		m.logger.Error("taking the sandbox's mounts apart", "err", err)
-	}
-	if m.ephemeral && m.ownDisk && inUserNamespace() {
-		// Files of the guest's users are in it, which whoever removes the
-		// machine's directory from outside of this namespace could not.
-		if err := os.RemoveAll(filepath.Join(m.dir, LayerDir)); err != nil {
-			m.logger.Warn("removing the writable layer", "err", err)
-		}
 	}
 	m.ns.close()
 	m.markStopping()

@@ -48,11 +48,12 @@ type stage string
 
 func (s stage) path(name string) string { return filepath.Join(string(s), name) }
 
-func (s stage) base() string   { return s.path("base") }  // environment, read-only
-func (s stage) lowers() string { return s.path("l") }     // the layers between, by number
-func (s stage) layer() string  { return s.path("layer") } // the machine's own
-func (s stage) spare() string  { return s.path("spare") } // a snapshot on its way
-func (s stage) root() string   { return s.path("root") }  // overlay of them all
+func (s stage) base() string   { return s.path("base") }   // environment, read-only
+func (s stage) lowers() string { return s.path("l") }      // the layers between, by number
+func (s stage) layer() string  { return s.path("layer") }  // the machine's own
+func (s stage) spare() string  { return s.path("spare") }  // a snapshot on its way
+func (s stage) points() string { return s.path("points") } // for what runsc mounts into an ephemeral root
+func (s stage) root() string   { return s.path("root") }   // overlay of them all
 func (s stage) bundle() string { return s.path("bundle") }
 func (s stage) state() string  { return s.path("state") } // runsc --root
 func (s stage) socket() string { return s.path("socket") }
@@ -71,7 +72,7 @@ func (s stage) mount() error {
 	if err != nil {
 		return fmt.Errorf("mounting a private tmpfs on %s: %w", string(s), err)
 	}
-	for _, dir := range []string{s.base(), s.lowers(), s.layer(), s.spare(), s.root(), s.bundle(), s.state(), s.socket(), s.size()} {
+	for _, dir := range []string{s.base(), s.lowers(), s.layer(), s.spare(), s.points(), s.root(), s.bundle(), s.state(), s.socket(), s.size()} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			return err
 		}
@@ -92,7 +93,7 @@ const overlayOptions = "redirect_dir=on,xino=on,index=off,metacopy=off"
 // mountRoot puts the machine's root file system together. It runs in the
 // namespace. layer and lowers, the lowest first, are locked and stay the
 // caller's to close.
-func (s stage) mountRoot(rootImage *os.File, layer *layer, lowers []*os.File, ephemeral bool) error {
+func (s stage) mountRoot(rootImage *os.File, layer *layer, lowers []*os.File) error {
 	if err := mountImage(rootImage, s.base(), true, ""); err != nil {
 		return fmt.Errorf("mounting the environment: %w", err)
 	}
@@ -108,35 +109,26 @@ func (s stage) mountRoot(rootImage *os.File, layer *layer, lowers []*os.File, ep
 	}
 	// The fresh image's inode tables are zeros already: no kernel thread needs
 	// to write them, which would make the sparse file fat.
-	options := "noinit_itable"
-	if ephemeral {
-		options += ",nobarrier"
+	if err := mountImage(layer.File, s.layer(), false, "noinit_itable"); err != nil {
+		return fmt.Errorf("mounting the writable layer: %w", err)
 	}
-	if layer.blank {
-		err := mountFilled(layer.File, s.layer(), false, options, func(dev *os.File) error { return fillLayer(dev, layer.size>>20) })
-		if err != nil {
-			return fmt.Errorf("mounting the writable layer: %w", err)
-		}
-	} else {
-		if err := mountImage(layer.File, s.layer(), false, options); err != nil {
-			return fmt.Errorf("mounting the writable layer: %w", err)
-		}
-		if err := growMounted(layer, s.layer()); err != nil {
-			return err
-		}
+	if err := growMounted(layer, s.layer()); err != nil {
+		return err
 	}
-	upper, work := filepath.Join(s.layer(), UpperDir), filepath.Join(s.layer(), workDir)
-	for _, dir := range []string{upper, work} {
-		// 0755 is the mode of the guest's own "/".
-		if err := os.Mkdir(dir, 0o755); err != nil && !os.IsExist(err) {
-			return err
-		}
+	return s.mountOverlay(len(lowers), s.layer(), overlayOptions)
+}
+
+// mountEphemeral is mountRoot for a machine whose changes are its sandbox's own:
+// runsc keeps them in a file in the layer's directory. Of the host's overlay only
+// the places are used that runsc makes for what it mounts into the guest.
+func (s stage) mountEphemeral(rootImage *os.File, layer *layer) error {
+	if err := mountImage(rootImage, s.base(), true, ""); err != nil {
+		return fmt.Errorf("mounting the environment: %w", err)
 	}
-	options = overlayOptions
-	if ephemeral {
-		options += ",volatile"
+	if err := unix.Mount(layer.Name(), s.layer(), "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("binding %s: %w", layer.Name(), err)
 	}
-	return s.mountOverlay(len(lowers), options)
+	return s.mountOverlay(0, s.points(), overlayOptions)
 }
 
 // maxLayers bounds the layers between environment and disk: overlayfs takes 500
@@ -167,8 +159,16 @@ func (s stage) mountLower(i int, mount func(target string) error) error {
 	return nil
 }
 
-// mountOverlay joins what is mounted at base, lower and layer.
-func (s stage) mountOverlay(lowers int, options string) (err error) {
+// mountOverlay joins what is mounted at base and lower, and lets writes go to
+// directories in top, which it makes.
+func (s stage) mountOverlay(lowers int, top, options string) (err error) {
+	upper, work := filepath.Join(top, UpperDir), filepath.Join(top, workDir)
+	for _, dir := range []string{upper, work} {
+		// 0755 is the mode of the guest's own "/".
+		if err := os.Mkdir(dir, 0o755); err != nil && !os.IsExist(err) {
+			return err
+		}
+	}
 	// Names relative to where the layers are, which are short. The thread's
 	// working directory is its own.
 	if err := unix.Chdir(s.lowers()); err != nil {
@@ -181,7 +181,7 @@ func (s stage) mountOverlay(lowers int, options string) (err error) {
 	}
 	dirs = append(dirs, s.base())
 	options = fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s,%s", strings.Join(dirs, ":"),
-		filepath.Join(s.layer(), UpperDir), filepath.Join(s.layer(), workDir), options)
+		upper, work, options)
 	if err := unix.Mount("overlay", s.root(), "overlay", unix.MS_NODEV|unix.MS_NOSUID|unix.MS_NOATIME, options); err != nil {
 		return fmt.Errorf("mounting the overlay: %w", err)
 	}

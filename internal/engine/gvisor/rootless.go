@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"os/user"
-	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -111,11 +110,6 @@ const treeOptions = "userxattr,xino=on,index=off,metacopy=off"
 // mountTree puts the root file system together from directories. It runs in
 // the namespace. lowers has the lowest first.
 func (s stage) mountTree(tree, layer string, lowers []*os.File) error {
-	for _, name := range []string{UpperDir, workDir} {
-		if err := os.Mkdir(filepath.Join(layer, name), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
-			return err
-		}
-	}
 	// By way of bind mounts, because the options allow no comma and no colon.
 	for i, f := range lowers {
 		if err := s.mountLower(i, func(target string) error {
@@ -129,7 +123,7 @@ func (s stage) mountTree(tree, layer string, lowers []*os.File) error {
 			return fmt.Errorf("binding %s: %w", b.from, err)
 		}
 	}
-	return s.mountOverlay(len(lowers), treeOptions)
+	return s.mountOverlay(len(lowers), s.layer(), treeOptions)
 }
 
 // RemoveDir removes a machine's directory or an unpacked environment, also

@@ -14,6 +14,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/statedir"
 )
 
 // SnapshotDisk implements [engine.DiskSnapshotter]: spare becomes a copy of the
@@ -40,6 +41,9 @@ type holder func(ctx context.Context, f func() error) (time.Duration, error)
 
 // snapshot makes spare a copy of the disk as of while hold holds the sandbox.
 func (m *machine) snapshot(ctx context.Context, spare string, hold holder) error {
+	if m.ephemeral {
+		return api.Errorf(api.ErrUnsupported, "the disk of a machine for one use is nowhere but in its sandbox")
+	}
 	if err := m.running(); err != nil {
 		return err
 	}
@@ -160,12 +164,10 @@ func (m *machine) snapshotImage(ctx context.Context, spare string, hold holder) 
 	if err := checkFrozen(out); err != nil {
 		return err
 	}
-	if !m.ephemeral {
-		if err := out.Sync(); err != nil {
-			return err
-		}
+	if err := out.Sync(); err != nil {
+		return err
 	}
-	if err := publish(tmp, spare, m.ephemeral); err != nil {
+	if err := publish(tmp, spare); err != nil {
 		return err
 	}
 	m.logger.Info("disk frozen", "paused", paused.Round(time.Millisecond), "took", time.Since(begin).Round(time.Millisecond), "bytes", copied)
@@ -308,20 +310,12 @@ func copyRange(out, in *os.File, off, n int64) (int64, error) {
 }
 
 // publish gives what is complete at tmp its name.
-func publish(tmp, name string, ephemeral bool) error {
+func publish(tmp, name string) error {
 	if err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, name, unix.RENAME_NOREPLACE); err != nil {
 		if errors.Is(err, unix.EEXIST) {
 			return api.Errorf(api.ErrExists, "there is something at %s already", name)
 		}
 		return &os.LinkError{Op: "rename", Old: tmp, New: name, Err: err}
 	}
-	if ephemeral {
-		return nil
-	}
-	dir, err := os.Open(filepath.Dir(name))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
+	return statedir.SyncDir(filepath.Dir(name))
 }
