@@ -358,7 +358,7 @@ func TestEveryLineChanged(t *testing.T) {
 		fmt.Fprintf(&b, "%d\n", rand.IntN(10))
 	}
 	checkApplies(t, tree{"f": text(a.String())}, tree{"f": text(b.String())}, gitdiff.Options{})
-	if took := time.Since(begin); took > 10*time.Second {
+	if took := time.Since(begin); took > 60*time.Second {
 		t.Errorf("took %v", took)
 	}
 }

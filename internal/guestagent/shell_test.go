@@ -222,7 +222,7 @@ func TestShellWaits(t *testing.T) {
 		s.cursor = r.NextCursor
 		return r
 	}
-	read(0, 100) // the rest of the prompt
+	read(0, 1000) // the rest of the prompt
 	began := time.Now()
 	if r := read(200, 0); r.Output != "" || time.Since(began) < 200*time.Millisecond {
 		t.Errorf("without output a read waited %v and got %q", time.Since(began), r.Output)

@@ -385,7 +385,7 @@ func TestEndOfInput(t *testing.T) {
 	s.in.Close()
 	err := <-s.served
 	s.served <- err
-	if took := time.Since(start); err != nil || took > 2*time.Second {
+	if took := time.Since(start); err != nil || took > 30*time.Second {
 		t.Errorf("the server ended after %v with %v", took, err)
 	}
 	if ws, err := client.Workspace(t.Context(), "w"); err != nil || ws.State != "started" {

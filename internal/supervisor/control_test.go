@@ -91,7 +91,7 @@ func TestClientTrustsNoAnswer(t *testing.T) {
 			if s, err := serveControl(t, test.handler).Status(t.Context()); err == nil {
 				t.Errorf("taken for an answer: %+v", s)
 			}
-			if d := time.Since(began); d > 5*time.Second {
+			if d := time.Since(began); d > 30*time.Second {
 				t.Errorf("took %v", d)
 			}
 		})

@@ -147,7 +147,7 @@ func TestForgedInodes(t *testing.T) {
 			if !errors.Is(err, tt.read) || (err == nil) != (tt.read == nil) {
 				t.Errorf("reading: %v, want class %q", err, api.Code(tt.read))
 			}
-			if took := time.Since(start); took > 5*time.Second {
+			if took := time.Since(start); took > 30*time.Second {
 				t.Errorf("took %v", took)
 			}
 		})

@@ -210,7 +210,7 @@ func TestStopHung(t *testing.T) {
 	if err := m.Stop(t.Context(), 500*time.Millisecond); err != nil {
 		t.Fatal(err)
 	}
-	if took := time.Since(begin); took > 5*time.Second {
+	if took := time.Since(begin); took > 20*time.Second {
 		t.Errorf("Stop took %s", took)
 	}
 }
