@@ -38,7 +38,7 @@ func supervised(t *testing.T, e engine.Engine, policy string, outside *netns.Out
 	}
 	dir := state.Machine("net")
 	spec := bootable(t)
-	spec.ID, spec.Dir, spec.Ephemeral, spec.Hostname = "net", dir.EngineDir(), true, "pyro-test"
+	spec.ID, spec.Dir, spec.Hostname = "net", dir.EngineDir(), "pyro-test"
 	for _, c := range change {
 		c(&spec)
 	}

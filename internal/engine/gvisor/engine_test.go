@@ -265,6 +265,45 @@ func TestEphemeralDisk(t *testing.T) {
 	}
 }
 
+// What a guest has deleted is neither in its disk's image, even if it was there
+// before, nor in a copy.
+func TestDeletedIsGone(t *testing.T) {
+	if rootless() {
+		t.Skip("the host's file system keeps what it likes")
+	}
+	spec := newSpec(t)
+	disk := filepath.Join(spec.Dir, gvisor.LayerFile)
+	m := start(t, newEngine(t), spec)
+	holds := func(path, text string) bool {
+		t.Helper()
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return bytes.Contains(b, []byte(text))
+	}
+	guest(t, m, "echo first-4711 >/workspace/f && sync")
+	if !holds(disk, "first-4711") {
+		t.Fatal("what was flushed is not in the image")
+	}
+	guest(t, m, "rm /workspace/f && sync")
+	frozen, err := m.(engine.DiskSnapshotter).SnapshotDisk(t.Context(), filepath.Join(t.TempDir(), "layer"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	guest(t, m, "echo second-4711 >/workspace/f && sync && rm /workspace/f && sync")
+	if err := m.Stop(t.Context(), time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{frozen, disk} {
+		for _, text := range []string{"first-4711", "second-4711"} {
+			if holds(path, text) {
+				t.Errorf("%s still holds %q", filepath.Base(path), text)
+			}
+		}
+	}
+}
+
 // fsck fails the test unless e2fsck finds the image clean.
 func fsck(t testing.TB, image string) {
 	t.Helper()

@@ -304,6 +304,9 @@ func (m *machine) watch() {
 
 // teardown gives everything back that Start took from the host.
 func (m *machine) teardown() {
+	if !m.ephemeral && !inUserNamespace() {
+		m.trim()
+	}
 	if err := m.ns.do(func() error { return m.stage.unmountRoot(m.ephemeral) }); err != nil {
 		m.logger.Error("taking the sandbox's mounts apart", "err", err)
 	}

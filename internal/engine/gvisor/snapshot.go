@@ -138,7 +138,7 @@ func (m *machine) snapshotImage(ctx context.Context, spare string, hold holder) 
 	if err := m.syncLayer(); err != nil {
 		return err
 	}
-	m.trimLayer()
+	m.trim()
 	var copied int64
 	paused, err := hold(ctx, func() (err error) {
 		for range copyAttempts {
@@ -193,16 +193,16 @@ func (m *machine) syncLayer() error {
 // fiTrim is FITRIM, _IOWR('X', 121, struct fstrim_range), linux/fs.h.
 const fiTrim = 0xc0185879
 
-// trimLayer frees the places in the layer's image where deleted files were, which
-// would be copied with it. It does what it can.
-func (m *machine) trimLayer() {
+// trim frees the places in the layer's image where deleted files were: what they
+// held is gone then, and takes no room on the host. It does what it can.
+func (m *machine) trim() {
 	err := m.ns.do(func() error {
 		dir, err := os.Open(m.stage.layer())
 		if err != nil {
 			return err
 		}
 		defer dir.Close()
-		return ioctlPointer(dir.Fd(), fiTrim, &struct{ start, length, least uint64 }{0, math.MaxUint64, 64 << 10})
+		return ioctlPointer(dir.Fd(), fiTrim, &struct{ start, length, least uint64 }{0, math.MaxUint64, 0})
 	})
 	if err != nil {
 		m.logger.Debug("freeing unused blocks of the disk", "err", err)
