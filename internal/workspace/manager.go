@@ -137,6 +137,10 @@ const ballastSize = 4 << 20
 // delete some to make room must be able to.
 func (m *Manager) openDatabase(ctx context.Context) (*store.Store, error) {
 	options := store.Options{WorkspacesDir: m.state.WorkspacesDir(), Logger: m.log}
+	// There may be room to open it and none to write.
+	if freeBytes(m.state.Path()) < ballastSize/4 {
+		_ = os.Remove(m.state.Ballast())
+	}
 	st, err := store.Open(ctx, m.state.Database(), options)
 	if errors.Is(err, api.ErrExhausted) && os.Remove(m.state.Ballast()) == nil {
 		return store.Open(ctx, m.state.Database(), options)

@@ -11,6 +11,7 @@ import (
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
+	"github.com/pyro-mcp/pyro/internal/guestconn"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 	"github.com/pyro-mcp/pyro/internal/statedir"
 	"github.com/pyro-mcp/pyro/internal/store"
@@ -121,7 +122,7 @@ func (m *Manager) holdRow(ctx context.Context, ws *store.Workspace, patience tim
 	}
 	h := &held{m: m, dir: dir, lock: lock}
 	if h.Workspace, err = st.Get(ctx, ws.WorkspaceID); err == nil {
-		err = h.settle(ctx)
+		err = h.settleWithin(ctx, patience)
 	}
 	if err != nil {
 		if errors.Is(err, api.ErrNotFound) && h.Workspace == nil {
@@ -169,9 +170,14 @@ func settled(ws *store.Workspace, alive bool) bool {
 	return ws.Intent == "" && ws.PendingLayer == "" && ws.State != api.StateStarting && (alive || !hasMachine(ws))
 }
 
-// settle brings the record and the truth together. Nobody else is changing this
-// workspace: what is half done was left by a process that is gone.
-func (h *held) settle(ctx context.Context) error {
+// settle is settleWithin for who waits as long as for a lock.
+func (h *held) settle(ctx context.Context) error { return h.settleWithin(ctx, lockPatience) }
+
+// settleWithin brings the record and the truth together. Nobody else is changing
+// this workspace: what is half done was left by a process that is gone. Only what a
+// machine that is just ending leaves has to be waited for; if that takes longer than
+// patience it is api.ErrBusy.
+func (h *held) settleWithin(ctx context.Context, patience time.Duration) error {
 	alive := supervisor.Alive(h.machine())
 	if settled(h.Workspace, alive) {
 		return nil
@@ -200,6 +206,13 @@ func (h *held) settle(ctx context.Context) error {
 		return h.sleepOn(ctx)
 	}
 	adopted, err := h.settleLayer(ctx, alive)
+	if errors.Is(err, guestconn.ErrNobody) {
+		// Its supervisor has closed its socket and is ending with the machine.
+		if err := h.awaitGone(ctx, patience); err != nil {
+			return err
+		}
+		return h.settleWithin(ctx, patience)
+	}
 	if err != nil {
 		return err
 	}
@@ -262,6 +275,21 @@ func (h *held) settle(ctx context.Context) error {
 		return err
 	}
 	return st.AppendEvent(ctx, h.WorkspaceID, kind, map[string]any{"reason": why})
+}
+
+// awaitGone returns when nothing of a machine that is ending is left.
+func (h *held) awaitGone(ctx context.Context, patience time.Duration) error {
+	ending, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	err := supervisor.WaitGone(ending, h.machine())
+	if errors.Is(err, api.ErrBusy) {
+		return api.WithHint(api.Errorf(api.ErrBusy, "the machine of workspace %s is just ending", label(h.Workspace)), "try again in a moment")
+	}
+	if err != nil {
+		return err
+	}
+	// Nothing holds its files any more, and so nobody is hurt.
+	return supervisor.Kill(ctx, h.machine())
 }
 
 // howEnded says why the machine does not run; "" if somebody asked for that.
