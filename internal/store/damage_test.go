@@ -182,7 +182,7 @@ func TestDamage(t *testing.T) {
 				}
 			}
 			must(t, s.Close())
-			if r, err := store.Repair(t.Context(), p.path, p.opts); err != nil || !r.Healthy {
+			if r, err := store.Repair(t.Context(), p.path, p.opts); err != nil || !r.Healthy || r.Workspaces != 3 {
 				t.Errorf("a second repair: %+v, %v", r, err)
 			}
 		})

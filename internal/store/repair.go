@@ -22,8 +22,9 @@ type Repaired struct {
 	Damage error
 	// MovedTo is where the damaged database lies now, "" where there was none.
 	MovedTo string
-	// Workspaces, Commands and Events are how many are in the new database.
-	// The journal and the history come from what can be read of the old one.
+	// Workspaces, Commands and Events are how many are in the new database, and
+	// Workspaces those in the old one where that is healthy. The journal and
+	// the history come from what can be read of the old one.
 	Workspaces, Commands, Events int
 	// Skipped are directories of workspaces that could not be taken in. A copy
 	// of a record in them that is of no use is moved aside too.
@@ -60,7 +61,7 @@ func (s *Store) repair(ctx context.Context) (_ *Repaired, err error) {
 		return nil, err
 	}
 	r := &Repaired{}
-	switch r.Damage = s.examine(ctx); {
+	switch r.Workspaces, r.Damage = s.examine(ctx); {
 	case r.Damage == nil:
 		r.Healthy = true
 		return r, nil
@@ -93,36 +94,41 @@ func (s *Store) repair(ctx context.Context) (_ *Repaired, err error) {
 	return r, statedir.SyncDir(filepath.Dir(s.path))
 }
 
-// examine says what is wrong with the database, nil for nothing.
-func (s *Store) examine(ctx context.Context) error {
+// examine says what is wrong with the database or, if nothing is, how many
+// workspaces are in it.
+func (s *Store) examine(ctx context.Context) (workspaces int, err error) {
 	empty, err := isEmpty(s.path)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if empty {
-		return s.refuseOrphans()
+		return 0, s.refuseOrphans()
 	}
 	s.reader = s.connect("mode=rw&_query_only=1", 1)
 	defer func() { s.reader = nil }()
 	defer s.reader.Close()
 	id, version, err := s.version(ctx, s.reader)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if id == 0 && version == 0 {
-		return s.refuseOrphans()
+		return 0, s.refuseOrphans()
 	}
 	if err := s.judge(id, version); err != nil {
-		return err
+		return 0, err
 	}
 	if err := s.check(ctx, s.reader); err != nil {
-		return err
+		return 0, err
 	}
 	// The structure may be sound around records that are not.
 	if _, err := s.References(ctx); err != nil {
-		return err
+		return 0, err
 	}
-	return s.refuseForgotten(ctx)
+	if err := s.refuseForgotten(ctx); err != nil {
+		return 0, err
+	}
+	all, err := s.List(ctx)
+	return len(all), err
 }
 
 // moveAside renames a database or another file, if it is there, and returns its

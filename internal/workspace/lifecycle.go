@@ -162,6 +162,9 @@ func (h *held) start(ctx context.Context, progress func(api.Progress)) (err erro
 func (h *held) giveUp(ctx context.Context, cause error) error {
 	return h.update(context.WithoutCancel(ctx), func(ws *store.Workspace) error {
 		why := firstLine(cause.Error())
+		if errors.Is(cause, context.Canceled) {
+			why = "the command that was starting it was interrupted"
+		}
 		ws.Intent, ws.PendingLayer, ws.LastError = "", "", &why
 		return enter(ws, api.StateStopped)
 	})
