@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+	"unicode/utf8"
 
 	"github.com/pyro-mcp/pyro/api"
 )
@@ -50,9 +51,22 @@ func defaultDir(getenv func(string) string, own, xdg, fallback string) (string, 
 	return filepath.Join(home, fallback, "pyro"), nil
 }
 
+// maxPath bounds a state directory's path: SQLite opens no file whose path has more
+// than 512 bytes (SQLITE_MAX_PATHNAME), its journal's included.
+const maxPath = 480
+
 // Open makes the state directory if it is not there and checks that it is
-// ours alone: a real directory, owned by the caller, closed to others.
+// ours alone: a real directory, owned by the caller, closed to others. Its path
+// goes from process to process as JSON, and so must be UTF-8.
 func Open(path string) (*Dir, error) {
+	if len(path) > maxPath {
+		return nil, api.WithHint(api.Errorf(api.ErrInvalid, "the state directory's path has %d bytes, and at most %d work", len(path), maxPath),
+			"set PYRO_STATE_DIR to a shorter path")
+	}
+	if !utf8.ValidString(path) {
+		return nil, api.WithHint(api.Errorf(api.ErrInvalid, "the state directory's path %q is not UTF-8", path),
+			"set PYRO_STATE_DIR to another path")
+	}
 	if err := MakePrivate(path); err != nil {
 		return nil, fmt.Errorf("opening state directory: %w", err)
 	}
@@ -65,15 +79,18 @@ func Open(path string) (*Dir, error) {
 	return d, nil
 }
 
+// writable is the way out where a directory cannot be used.
+const writable = "point PYRO_STATE_DIR or PYRO_CACHE_DIR at a directory you can write to"
+
 // MakePrivate makes path a directory of mode 0700 that belongs to the caller.
 // An existing directory with wider permissions is narrowed; a link, a file, or
 // somebody else's directory is refused.
 func MakePrivate(path string) error {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		if errors.Is(err, os.ErrPermission) || errors.Is(err, syscall.EROFS) {
-			return api.WithHint(api.Errorf(api.ErrDenied, "%v", err), "point PYRO_STATE_DIR or PYRO_CACHE_DIR at a directory you can write to")
+			return api.WithHint(api.Errorf(api.ErrDenied, "%v", err), writable)
 		}
-		return err
+		return api.WithHint(err, writable)
 	}
 	st, err := os.Lstat(path)
 	if err != nil {
@@ -89,7 +106,7 @@ func MakePrivate(path string) error {
 	}
 	if st.Mode().Perm()&0o077 != 0 {
 		if err := os.Chmod(path, 0o700); err != nil {
-			return fmt.Errorf("closing %s to other users: %w", path, err)
+			return api.WithHint(fmt.Errorf("closing %s to other users: %w", path, err), writable)
 		}
 	}
 	return nil

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -127,5 +128,22 @@ func TestWriteJSONReplacesInOneStep(t *testing.T) {
 	}
 	if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o600 {
 		t.Errorf("mode %v, %v", st.Mode(), err)
+	}
+}
+
+// What would fail later and darkly is refused at the door.
+func TestOpenRefusesPathsThatCannotWork(t *testing.T) {
+	for name, path := range map[string]string{
+		"Long":    filepath.Join(t.TempDir(), strings.Repeat("d/", 250)),
+		"NotUTF8": filepath.Join(t.TempDir(), "st\xffate"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := statedir.Open(path); !errors.Is(err, api.ErrInvalid) || api.Hint(err) == "" {
+				t.Errorf("got %v, want ErrInvalid with a hint", err)
+			}
+			if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("it was made: %v", err)
+			}
+		})
 	}
 }
