@@ -9,6 +9,10 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 )
 
+// makeRoom is the way out of a full disk. Artifacts lie in the cache and in the
+// state directory.
+const makeRoom = "free some space there, for example with pyro env prune and pyro workspace prune, or set PYRO_CACHE_DIR and PYRO_STATE_DIR to directories on a larger disk"
+
 // CheckFree reports api.ErrExhausted if fewer than need bytes are free for
 // this user on the file system of dir.
 func CheckFree(dir string, need int64) error {
@@ -20,9 +24,7 @@ func CheckFree(dir string, need int64) error {
 	if free >= need {
 		return nil
 	}
-	return api.WithHint(
-		api.Errorf(api.ErrExhausted, "%s has %d MiB free and %d MiB are needed", dir, free>>20, need>>20),
-		"free some space there, for example with pyro env prune, or set PYRO_CACHE_DIR to a directory on a larger disk")
+	return api.WithHint(api.Errorf(api.ErrExhausted, "%s has %d MiB free and %d MiB are needed", dir, free>>20, need>>20), makeRoom)
 }
 
 // explainFull gives a failure for want of space its class and way out.
@@ -30,6 +32,5 @@ func explainFull(err error, dir string) error {
 	if !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
 		return err
 	}
-	return api.WithHint(api.Errorf(api.ErrExhausted, "%w", err),
-		"free some space in %s, for example with pyro env prune, or set PYRO_CACHE_DIR to a directory on a larger disk", dir)
+	return api.WithHint(api.Errorf(api.ErrExhausted, "%w", err), "%s is on a full disk; %s", dir, makeRoom)
 }

@@ -102,7 +102,10 @@ func (p Path) checkRelative() error {
 		return api.Errorf(api.ErrDamaged, "the path %q has more than %d parts", cut(string(p), 200), MaxDepth)
 	}
 	for part := range strings.SplitSeq(string(p), "/") {
-		if part == "" || part == "." || part == ".." || len(part) > MaxName {
+		if len(part) > MaxName {
+			return api.Errorf(api.ErrDamaged, "the path %q has a name of more than %d bytes", cut(string(p), 200), MaxName)
+		}
+		if part == "" || part == "." || part == ".." {
 			return api.Errorf(api.ErrDamaged, "the path %q is not that of a file below a directory", cut(string(p), 200))
 		}
 	}

@@ -87,7 +87,7 @@ var diskTools = []tool{
 		if err != nil {
 			return nil, err
 		}
-		return &diskListOutput{in.WorkspaceID, l.Path, page(l.Entries, in.Offset, in.MaxEntries, false, c.tool.name,
+		return &diskListOutput{l.WorkspaceID, l.Path, page(l.Entries, in.Offset, in.MaxEntries, false, c.tool.name,
 			map[string]any{"workspace_id": in.WorkspaceID, "path": in.Path, "recursive": in.Recursive})}, nil
 	}),
 	define(tool{

@@ -1,10 +1,10 @@
 package workspace
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"os"
+	"path"
 	"strings"
 
 	"github.com/pyro-mcp/pyro/api"
@@ -102,7 +102,7 @@ func (m *Manager) DiskList(ctx context.Context, ref, path string, recursive bool
 		return nil, err
 	}
 	defer release()
-	list, err := d.List(ctx, cmp.Or(path, api.WorkspacePath), recursive)
+	list, err := d.List(ctx, inWorkspace(path), recursive)
 	if err != nil {
 		return nil, err
 	}
@@ -144,10 +144,10 @@ func (m *Manager) DiskExport(ctx context.Context, ref, output string) (*api.Disk
 	return res, st.AppendEvent(ctx, h.WorkspaceID, eventExport, map[string]any{"path": "disk", "output": fmt.Sprint(res.OutputPath)})
 }
 
-// inWorkspace takes a relative path from the workspace.
-func inWorkspace(path string) string {
-	if strings.HasPrefix(path, "/") {
-		return path
+// inWorkspace takes a relative path from the workspace; "" is the workspace itself.
+func inWorkspace(name string) string {
+	if strings.HasPrefix(name, "/") {
+		return name
 	}
-	return api.WorkspacePath + "/" + path
+	return path.Join(api.WorkspacePath, name)
 }

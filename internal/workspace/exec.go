@@ -107,9 +107,7 @@ func fillExec(r *api.ExecRequest) error {
 	if len(r.Argv) == 0 || r.Argv[0] == "" {
 		return api.WithHint(api.Errorf(api.ErrInvalid, "no command was given"), "put the command after --, as in: pyro workspace exec ID -- make test")
 	}
-	if r.Cwd == "" {
-		r.Cwd = api.WorkspacePath
-	}
+	r.Cwd = inWorkspace(r.Cwd)
 	if r.Timeout == 0 {
 		r.Timeout = api.DefaultTimeout
 	}

@@ -26,7 +26,7 @@ const maxListed = 100_000
 // ListFiles lists a directory of a running workspace, one level or all of it.
 func (m *Manager) ListFiles(ctx context.Context, ref, path string, recursive bool) (*api.FileList, error) {
 	return inGuest(ctx, m, ref, func(ws *store.Workspace, c *guestclient.Client) (*api.FileList, error) {
-		path := cmp.Or(path, api.WorkspacePath)
+		path := inWorkspace(path)
 		list := &api.FileList{WorkspaceID: ws.WorkspaceID, Path: path, Entries: []api.DiskEntry{}}
 		_, err := c.ListFiles(ctx, path, recursive, func(e guestproto.FileEntry) error {
 			if len(list.Entries) == maxListed {
@@ -66,7 +66,7 @@ func (m *Manager) ReadFile(ctx context.Context, ref, path string, offset, maxByt
 			return nil, err
 		}
 		read := &api.FileRead{
-			WorkspaceID: ws.WorkspaceID, Path: path, SizeBytes: reply.SizeBytes,
+			WorkspaceID: ws.WorkspaceID, Path: inWorkspace(path), SizeBytes: reply.SizeBytes,
 			Offset: offset, MaxBytes: maxBytes, Truncated: reply.Truncated,
 		}
 		read.Content, read.ContentBase64 = asText(content.Bytes(), reply.Truncated)
@@ -92,8 +92,7 @@ const MaxFileWrite = 1 << 20
 // WriteFile writes a file of a running workspace: all of it or nothing.
 func (m *Manager) WriteFile(ctx context.Context, ref, path string, content []byte) (*api.FileWrite, error) {
 	if len(content) > MaxFileWrite {
-		return nil, api.WithHint(api.Errorf(api.ErrExhausted, "the content has %s, and a file write takes at most %s",
-			humanize.IBytes(uint64(len(content))), humanize.IBytes(MaxFileWrite)),
+		return nil, api.WithHint(api.Errorf(api.ErrExhausted, "the content has more than %s, which is all that a file write takes", humanize.IBytes(MaxFileWrite)),
 			"bring larger files in with pyro workspace sync push")
 	}
 	return inGuest(ctx, m, ref, func(ws *store.Workspace, c *guestclient.Client) (*api.FileWrite, error) {

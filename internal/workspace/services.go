@@ -1,7 +1,6 @@
 package workspace
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -56,7 +55,7 @@ func (m *Manager) StartService(ctx context.Context, ref, name string, req api.St
 		return nil, err
 	}
 	start := guestproto.StartService{
-		ServiceName: name, Command: commandText(req.Argv), Cwd: cmp.Or(req.Cwd, api.WorkspacePath), Env: env, User: user, Restart: req.Restart,
+		ServiceName: name, Command: commandText(req.Argv), Cwd: inWorkspace(req.Cwd), Env: env, User: user, Restart: req.Restart,
 		ReadyTimeoutSeconds: req.ReadyTimeout.Seconds(), ReadyIntervalMS: req.ReadyInterval.Milliseconds(),
 	}
 	if len(req.Argv) > 1 {

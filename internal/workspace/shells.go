@@ -54,7 +54,7 @@ func (m *Manager) OpenShell(ctx context.Context, ref string, req api.OpenShellRe
 			return nil, err
 		}
 		s, err := c.OpenShell(ctx, guestproto.OpenShell{
-			ShellID: newID(), Cwd: cmp.Or(req.Cwd, api.WorkspacePath), Cols: req.Size.Cols, Rows: req.Size.Rows, Env: env, User: user,
+			ShellID: newID(), Cwd: inWorkspace(req.Cwd), Cols: req.Size.Cols, Rows: req.Size.Rows, Env: env, User: user,
 		})
 		if err != nil {
 			return nil, err

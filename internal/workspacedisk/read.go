@@ -78,7 +78,7 @@ func (d *Disk) CopyFile(ctx context.Context, w io.Writer, guestPath string, maxB
 // one. It also returns the clean path.
 func (d *Disk) openFile(ctx context.Context, guestPath string, maxBytes int64) (string, *ext4.File, error) {
 	if maxBytes <= 0 {
-		return "", nil, api.Errorf(api.ErrInvalid, "max_bytes must be positive")
+		return "", nil, api.WithHint(api.Errorf(api.ErrInvalid, "max_bytes must be positive"), "give --max-bytes a number of bytes above 0")
 	}
 	guestPath, err := cleanPath(guestPath)
 	if err != nil {
@@ -89,7 +89,11 @@ func (d *Disk) openFile(ctx context.Context, guestPath string, maxBytes int64) (
 		return "", nil, err
 	}
 	if !found.IsRegular() {
-		return "", nil, api.Errorf(api.ErrInvalid, "workspace disk read only supports regular files: %s", guestPath)
+		err := api.Errorf(api.ErrInvalid, "workspace disk read only supports regular files: %s", guestPath)
+		if found.IsSymlink() {
+			err = api.WithHint(err, "it is a symlink; pyro disk list and pyro workspace disk list show where it leads: read that")
+		}
+		return "", nil, err
 	}
 	f, err := found.fs.OpenFile(found.Inode)
 	if err != nil {
