@@ -50,7 +50,7 @@ func newDiskListCmd(a *app) *cobra.Command {
 	cmd := newDiskSub(o, &cobra.Command{
 		Use: "list IMAGE [PATH]", Short: "List a directory of the image (default " + defaultDiskPath + ")",
 		Example: "  pyro disk list disk.ext4 / --recursive\n  pyro disk list disk.qcow2 /etc --json",
-		Args:    args(cobra.RangeArgs(1, 2)),
+		Args:    args(named),
 		RunE: func(cmd *cobra.Command, given []string) error {
 			o.image, o.path = given[0], defaultDiskPath
 			if len(given) > 1 {
@@ -67,8 +67,8 @@ func newDiskReadCmd(a *app) *cobra.Command {
 	o := &diskOptions{}
 	cmd := newDiskSub(o, &cobra.Command{
 		Use: "read IMAGE PATH", Short: "Print the beginning of a regular file of the image",
-		Example: "  pyro disk read disk.ext4 /etc/os-release\n  pyro disk read disk.ext4 /var/log/dpkg.log --max-bytes 10000000 --content-only > dpkg.log",
-		Args:    args(cobra.ExactArgs(2)),
+		Example: "  pyro disk read disk.ext4 /etc/passwd\n  pyro disk read disk.ext4 /var/log/dpkg.log --max-bytes 10000000 --content-only > dpkg.log",
+		Args:    args(named),
 		RunE: func(cmd *cobra.Command, given []string) error {
 			o.image, o.path = given[0], given[1]
 			if err := a.notWithJSON("content-only", o.contentOnly); err != nil {
@@ -91,7 +91,7 @@ the machine that used the disk was killed, the copy's journal is recovered; the
 runtime paths of pyro (/run/pyro-secrets, /run/pyro-services, /run/pyro-shells)
 are scrubbed from it.`,
 		Example: "  pyro disk export disk.qcow2 --output disk.ext4",
-		Args:    args(cobra.ExactArgs(1)),
+		Args:    args(named),
 		RunE: func(cmd *cobra.Command, given []string) error {
 			o.image = given[0]
 			if o.output == "" {
@@ -112,7 +112,7 @@ func newDiskScrubCmd(a *app) *cobra.Command {
 what they held, and recovers the journal, so that no later mount brings them
 back. It works on a copy that takes the image's place when it is proven clean.`,
 		Example: "  pyro disk scrub disk.ext4",
-		Args:    args(cobra.ExactArgs(1)),
+		Args:    args(named),
 		RunE: func(cmd *cobra.Command, given []string) error {
 			o.image = given[0]
 			return runDiskScrub(cmd.Context(), a, o)
@@ -155,9 +155,9 @@ func (a *app) printList(list *api.DiskList) error {
 func (a *app) printEntries(entries []api.DiskEntry) error {
 	w := bufio.NewWriter(a.Out)
 	for _, e := range entries {
-		line := fmt.Sprintf("%-9s %12s  %s", e.ArtifactType, strconv.FormatInt(e.SizeBytes, 10), boundedlog.Printable(e.Path))
+		line := fmt.Sprintf("%-9s %12s  %s", e.ArtifactType, strconv.FormatInt(e.SizeBytes, 10), nameText(e.Path))
 		if e.LinkTarget != nil {
-			line += " -> " + boundedlog.Printable(*e.LinkTarget)
+			line += " -> " + nameText(*e.LinkTarget)
 		}
 		fmt.Fprintln(w, line)
 	}

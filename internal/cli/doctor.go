@@ -22,7 +22,7 @@ engine that isolates works.
 With --repair it makes lost or damaged records of workspaces again, from copies
 that lie with the workspaces. Nothing that is whole is touched.`,
 		Example: "  pyro doctor\n  pyro doctor --environment debian:12 --json",
-		Args:    args(cobra.NoArgs),
+		Args:    args(named),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if repair {
 				return runRepair(cmd.Context(), a)

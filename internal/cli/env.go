@@ -18,13 +18,13 @@ func newEnvCmd(a *app) *cobra.Command {
 		&cobra.Command{
 			Use: "list", Short: "List the environments that can be used",
 			Example: "  pyro env list\n  pyro env list --json",
-			Args:    args(cobra.NoArgs),
+			Args:    args(named),
 			RunE:    func(cmd *cobra.Command, _ []string) error { return runEnvList(cmd.Context(), a) },
 		},
 		&cobra.Command{
 			Use: "inspect ENVIRONMENT", Short: "Show one environment in full",
 			Example: "  pyro env inspect debian:12",
-			Args:    args(cobra.ExactArgs(1)),
+			Args:    args(named),
 			RunE:    func(cmd *cobra.Command, given []string) error { return runEnvInspect(cmd.Context(), a, given[0]) },
 
 			ValidArgsFunction: completeEnvironment(a),
@@ -58,7 +58,7 @@ damaged. An interrupted pull leaves nothing half done; the next one goes on with
 what was already fetched. If another pull of the same environment is under way
 this one waits for it and uses the result.`,
 		Example: "  pyro env pull debian:12-build\n  pyro env pull docker://python:3.13-slim\n  pyro env pull --name tools docker-archive:tools.tar",
-		Args:    args(cobra.ExactArgs(1)),
+		Args:    args(named),
 		RunE:    func(cmd *cobra.Command, given []string) error { return runEnvPull(cmd.Context(), a, given[0], name) },
 
 		ValidArgsFunction: completeEnvironment(a),
@@ -74,7 +74,7 @@ func newEnvRemoveCmd(a *app) *cobra.Command {
 		Long: `Remove takes an environment out of the cache. A workspace that was made from it
 goes on: its files stay until it is deleted and pyro env prune is run.`,
 		Example: "  pyro env remove python:3.13-slim",
-		Args:    args(cobra.ExactArgs(1)),
+		Args:    args(named),
 		RunE:    func(cmd *cobra.Command, given []string) error { return runEnvRemove(cmd.Context(), a, given[0]) },
 
 		ValidArgsFunction: completeEnvironment(a),
@@ -89,7 +89,7 @@ func newEnvPruneCmd(a *app) *cobra.Command {
 and machines whose pyro was killed. With --all it removes every image that no
 guest uses at the moment; the next use builds it again.`,
 		Example: "  pyro env prune\n  pyro env prune --all",
-		Args:    args(cobra.NoArgs),
+		Args:    args(named),
 		RunE:    func(cmd *cobra.Command, _ []string) error { return runEnvPrune(cmd.Context(), a, all) },
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "also remove what merely nobody uses right now")

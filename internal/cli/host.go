@@ -111,7 +111,7 @@ func newHostConnectCmd(a *app) *cobra.Command {
 another one of the name pyro is replaced. --dry-run shows the commands and runs
 nothing.`,
 		Example: "  pyro host connect claude-code\n  pyro host connect codex --project-path . --dry-run",
-		Args:    args(cobra.ExactArgs(1)),
+		Args:    args(named),
 	}, func(ctx context.Context, h *hosthelper.Helper, want hosthelper.Want) error {
 		c, err := h.Connect(ctx, o.host, o.scope, want.Entry, o.dryRun)
 		return a.printChange(c, err)
@@ -133,7 +133,7 @@ whose configuration connect changes.
 which all else stays byte for byte, after a copy to FILE` + hosthelper.BackupSuffix + `. A file that
 is not plain JSON is left alone.`,
 		Example: "  pyro host print-config opencode\n  pyro host print-config cursor --merge --dry-run",
-		Args:    args(cobra.ExactArgs(1)),
+		Args:    args(named),
 	}, func(_ context.Context, h *hosthelper.Helper, want hosthelper.Want) error {
 		if o.merge && o.output != "" {
 			return usageError{api.Errorf(api.ErrInvalid, "--merge and --output exclude each other")}
@@ -221,7 +221,7 @@ func newHostRepairCmd(a *app) *cobra.Command {
 given or, if none are, those it has, as far as pyro understands them. A host
 without an entry gets one.`,
 		Example: "  pyro host repair claude-code\n  pyro host repair cursor --dry-run",
-		Args:    args(cobra.ExactArgs(1)),
+		Args:    args(named),
 	}, func(ctx context.Context, h *hosthelper.Helper, want hosthelper.Want) error {
 		c, err := h.Repair(ctx, o.host, want, o.dryRun)
 		return a.printChange(c, err)

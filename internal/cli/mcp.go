@@ -106,7 +106,7 @@ directory; the path is printed on stderr.`,
   pyro mcp serve --mode repro-fix --project-path ~/src/app
   pyro mcp serve --repo-url https://example.org/app.git --repo-ref v2 --max-workspaces 4
   pyro mcp serve --http 127.0.0.1:8731 --token-file ~/.config/pyro-token`,
-		Args: args(cobra.NoArgs),
+		Args: args(named),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := o.complete(); err != nil {
 				return err

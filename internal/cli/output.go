@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 
@@ -59,14 +60,28 @@ func (a *app) printError(err error) {
 			return
 		}
 	}
-	var lines []string
-	for line := range strings.SplitSeq(err.Error(), "\n") {
-		lines = append(lines, boundedlog.Printable(line))
-	}
-	fmt.Fprintf(a.Err, "pyro: %s\n", strings.Join(lines, "\n"))
+	fmt.Fprintf(a.Err, "pyro: %s\n", printableLines(err.Error()))
 	if hint := api.Hint(err); hint != "" {
-		fmt.Fprintf(a.Err, "hint: %s\n", boundedlog.Printable(hint))
+		fmt.Fprintf(a.Err, "hint: %s\n", printableLines(hint))
 	}
+}
+
+// printableLines makes a text of several lines printable.
+func printableLines(text string) string {
+	lines := strings.Split(text, "\n")
+	for i, line := range lines {
+		lines[i] = boundedlog.Printable(line)
+	}
+	return strings.Join(lines, "\n")
+}
+
+// nameText is a path of the guest for people: as it is or, where that cannot be
+// printed on one line, quoted with escapes. Two names never look the same.
+func nameText(path string) string {
+	if quoted := strconv.Quote(path); quoted[1:len(quoted)-1] != path {
+		return quoted
+	}
+	return path
 }
 
 // table prints rows aligned, under an upper-case header.

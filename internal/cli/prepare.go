@@ -24,7 +24,7 @@ func newPrepareCmd(a *app) *cobra.Command {
 it throws away that create, exec, reset and delete work. Later calls only check.`,
 		Example:           "  pyro prepare\n  pyro prepare debian:12-build --engine qemu",
 		ValidArgsFunction: completeEnvironment(a),
-		Args:              args(cobra.MaximumNArgs(1)),
+		Args:              args(named),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
 			if len(given) > 0 {
 				o.req.Environment = given[0]
@@ -65,7 +65,8 @@ func newDemoCmd(a *app) *cobra.Command {
 		Use: "demo", Short: "Show in one go what a workspace is",
 		Long: `Demo creates a workspace, runs a command in it, changes a file, shows the
 difference as a patch, resets, shows that nothing is left of it, and cleans up.`,
-		Args: args(cobra.NoArgs),
+		Example: "  pyro demo\n  pyro demo --engine qemu",
+		Args:    args(named),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, _ []string) error {
 			o.req.Require = api.Require(require)
 			return runDemo(ctx, a, c, o)

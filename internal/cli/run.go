@@ -101,6 +101,9 @@ func addEngineFlags(cmd *cobra.Command, engine, require *string, hostCompat *boo
 }
 
 func runArgs(cmd *cobra.Command, given []string) error {
+	if err := swallowed(cmd); err != nil {
+		return err
+	}
 	dash := cmd.ArgsLenAtDash()
 	switch {
 	case len(given) == 0 || dash == 0:

@@ -17,7 +17,7 @@ func newDetachedCmd(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: workspace.DetachedCommand, Hidden: true,
 		Short: "Stay with one detached command; started by pyro itself",
-		Args:  args(cobra.NoArgs),
+		Args:  args(named),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return workspace.MainDetached(cmd.Context(), a.In, os.Stdout)
 		},
@@ -30,7 +30,7 @@ func newSuperviseCmd(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: supervisor.Command, Hidden: true,
 		Short: "Run the supervisor of one machine; started by pyro itself",
-		Args:  args(cobra.NoArgs),
+		Args:  args(named),
 		RunE: func(*cobra.Command, []string) error {
 			status, expiredIn := supervisor.Main(all.Engines)
 			a.status = status

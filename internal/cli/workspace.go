@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -98,7 +99,7 @@ The workspace deletes itself when --ttl-seconds are over; update changes that.`,
   pyro workspace create debian:12-build --seed-path project.tar.gz --name review --label issue=42
   id=$(pyro workspace create debian:12 --id-only --ttl-seconds 0)`,
 		ValidArgsFunction: completeEnvironment(a),
-		Args:              args(cobra.ExactArgs(1)),
+		Args:              args(named),
 		RunE: func(cmd *cobra.Command, given []string) error {
 			o.req.Environment = given[0]
 			if err := o.complete(a, cmd); err != nil {
@@ -129,6 +130,13 @@ The workspace deletes itself when --ttl-seconds are over; update changes that.`,
 func (o *createOptions) complete(a *app, cmd *cobra.Command) error {
 	if err := a.notWithJSON("id-only", o.idOnly); err != nil {
 		return err
+	}
+	// An empty value is mostly a variable that was not set.
+	if o.req.SeedPath == "" && cmd.Flags().Changed("seed-path") {
+		return api.WithHint(api.Errorf(api.ErrInvalid, "--seed-path is empty"), "name a directory or an archive, or leave --seed-path out for a workspace without files")
+	}
+	if o.req.Name == "" && cmd.Flags().Changed("name") {
+		return api.WithHint(api.Errorf(api.ErrInvalid, "--name is empty"), "leave --name out for a workspace without a name")
 	}
 	err := checkSizeFlags(cmd)
 	if err != nil {
@@ -186,7 +194,7 @@ func (a *app) noteSkipped(skipped []api.SkippedEntry, count int64) {
 	}
 	const shown = 10
 	for _, s := range skipped[:min(shown, len(skipped))] {
-		fmt.Fprintf(a.Err, "pyro: left out %s: %s\n", boundedlog.Printable(s.Path), boundedlog.Printable(s.Reason))
+		fmt.Fprintf(a.Err, "pyro: left out %s: %s\n", nameText(s.Path), boundedlog.Printable(s.Reason))
 	}
 	if rest := count - int64(min(shown, len(skipped))); rest > 0 {
 		fmt.Fprintf(a.Err, "pyro: and left out %d more; --json lists them\n", rest)
@@ -322,7 +330,7 @@ func newListCmd(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "list", Aliases: []string{"ls"}, Short: "List workspaces, the latest activity first",
 		Example: "  pyro workspace list\n  pyro workspace list --label issue=42 --json",
-		Args:    args(cobra.NoArgs),
+		Args:    args(named),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, _ []string) error {
 			labels, err := parseLabels(o.labels)
 			if err != nil {
@@ -343,7 +351,11 @@ func runList(ctx context.Context, a *app, c *pyro.Client, labels map[string]stri
 	if a.json {
 		return a.printJSON(map[string]any{"count": len(all), "workspaces": all})
 	}
-	if len(all) == 0 {
+	switch {
+	case len(all) == 0 && len(labels) > 0:
+		fmt.Fprintf(a.Err, "no workspace has the labels %s\n", boundedlog.Printable(labelsText(labels)))
+		return nil
+	case len(all) == 0:
 		fmt.Fprintln(a.Err, "no workspaces; make one: pyro workspace create debian:12 --seed-path .")
 		return nil
 	}
@@ -369,14 +381,14 @@ func (a *app) showWorkspace(ws *api.Workspace) error {
 // oneWorkspace is a command with a workspace as its only argument.
 func (a *app) oneWorkspace(cmd *cobra.Command, run func(ctx context.Context, c *pyro.Client, ref string) error) *cobra.Command {
 	cmd.Use += " WORKSPACE"
-	cmd.Args = args(cobra.ExactArgs(1))
+	cmd.Args = args(named)
 	cmd.ValidArgsFunction = a.completeWorkspace
 	cmd.RunE = a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error { return run(ctx, c, given[0]) })
 	return cmd
 }
 
 func newStatusCmd(a *app) *cobra.Command {
-	return a.oneWorkspace(&cobra.Command{Use: "status", Short: "Show one workspace"},
+	return a.oneWorkspace(&cobra.Command{Use: "status", Short: "Show one workspace", Example: "  pyro workspace status fix"},
 		func(ctx context.Context, c *pyro.Client, ref string) error {
 			ws, err := c.Workspace(ctx, ref)
 			if err != nil {
@@ -389,7 +401,8 @@ func newStatusCmd(a *app) *cobra.Command {
 func newStartCmd(a *app) *cobra.Command {
 	cmd := a.oneWorkspace(&cobra.Command{
 		Use: "start", Short: "Boot a stopped workspace from its disk",
-		Long: "Start boots a stopped workspace from its disk. One that runs is left as it is.",
+		Long:    "Start boots a stopped workspace from its disk. One that runs is left as it is.",
+		Example: "  pyro workspace start fix",
 	}, func(ctx context.Context, c *pyro.Client, ref string) error {
 		progress := a.newProgress()
 		ws, err := c.StartWorkspace(ctx, ref, progress.show)
@@ -408,6 +421,7 @@ func newStopCmd(a *app) *cobra.Command {
 		Use: "stop", Short: "End a workspace's machine and keep its disk",
 		Long: `Stop ends everything that runs in the workspace, flushes its disk, and keeps it:
 start boots the same disk, and disk list, read and export look into it meanwhile.`,
+		Example: "  pyro workspace stop fix\n  pyro workspace disk read fix /var/log/dpkg.log",
 	}, func(ctx context.Context, c *pyro.Client, ref string) error {
 		ws, err := c.StopWorkspace(ctx, ref)
 		if err != nil {
@@ -510,11 +524,14 @@ func runDelete(ctx context.Context, a *app, c *pyro.Client, o *deleteOptions, re
 			refs = append(refs, ws.WorkspaceID)
 		}
 	}
+	// One that cannot be deleted is no reason to keep the others.
+	var errs []error
 	results := []*api.DeleteResult{}
 	for _, ref := range refs {
 		res, err := c.DeleteWorkspace(ctx, ref)
 		if err != nil {
-			return err
+			errs = append(errs, err)
+			continue
 		}
 		results = append(results, res)
 		if !a.json {
@@ -522,6 +539,8 @@ func runDelete(ctx context.Context, a *app, c *pyro.Client, o *deleteOptions, re
 		}
 	}
 	switch {
+	case len(errs) > 0:
+		return errors.Join(errs...)
 	case !a.json:
 		return nil
 	case len(results) == 1 && !o.all:
@@ -533,7 +552,8 @@ func runDelete(ctx context.Context, a *app, c *pyro.Client, o *deleteOptions, re
 func newPruneCmd(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: "prune", Short: "Remove expired and failed workspaces and what killed processes left",
-		Args: args(cobra.NoArgs),
+		Example: "  pyro workspace prune",
+		Args:    args(named),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, _ []string) error {
 			res, err := c.PruneWorkspaces(ctx)
 			if err != nil {

@@ -75,6 +75,9 @@ pyro workspace logs shows with its output.`,
 }
 
 func execArgs(cmd *cobra.Command, given []string) error {
+	if err := swallowed(cmd); err != nil {
+		return err
+	}
 	dash := cmd.ArgsLenAtDash()
 	switch {
 	case len(given) == 0 || dash == 0:
@@ -215,6 +218,9 @@ func newLogsCmd(a *app) *cobra.Command {
 		Use: "logs", Short: "Show the journal of a workspace's commands",
 		Example: "  pyro workspace logs fix\n  pyro workspace logs fix --sequence 3",
 	}, func(ctx context.Context, c *pyro.Client, ref string) error {
+		if o.query.Sequence < 0 || o.query.Tail < 0 {
+			return usageError{api.Errorf(api.ErrInvalid, "--sequence and --tail take numbers above 0")}
+		}
 		logs, err := c.Logs(ctx, ref, o.query)
 		if err != nil {
 			return err
@@ -254,7 +260,7 @@ func (a *app) printLogs(logs *api.WorkspaceLogs) error {
 }
 
 func newSummaryCmd(a *app) *cobra.Command {
-	return a.oneWorkspace(&cobra.Command{Use: "summary", Short: "Tell what happened in a workspace since its last reset"},
+	return a.oneWorkspace(&cobra.Command{Use: "summary", Short: "Tell what happened in a workspace since its last reset", Example: "  pyro workspace summary fix"},
 		func(ctx context.Context, c *pyro.Client, ref string) error {
 			s, err := c.Summary(ctx, ref)
 			if err != nil {

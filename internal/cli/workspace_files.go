@@ -32,7 +32,7 @@ running workspace. Files that are there and not in the source stay. If it fails
 or is broken off, the workspace is as it was.`,
 		Example:           "  pyro workspace sync push fix ./patches --dest /workspace/patches\n  pyro workspace sync push fix vendor.tar.gz",
 		ValidArgsFunction: a.completeWorkspace,
-		Args:              args(cobra.ExactArgs(2)),
+		Args:              args(named),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
 			o.req.SourcePath = given[1]
 			progress := a.newProgress()
@@ -76,7 +76,7 @@ func newFileListCmd(a *app) *cobra.Command {
 		Use: "list WORKSPACE [PATH]", Short: "List a directory (default /workspace)",
 		Example:           "  pyro workspace file list fix\n  pyro workspace file list fix src --recursive --json",
 		ValidArgsFunction: a.completeWorkspace,
-		Args:              args(cobra.RangeArgs(1, 2)),
+		Args:              args(named),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
 			path := api.WorkspacePath
 			if len(given) > 1 {
@@ -108,7 +108,7 @@ func newFileReadCmd(a *app) *cobra.Command {
 		Use: "read WORKSPACE PATH", Short: "Print a part of a file",
 		Example:           "  pyro workspace file read fix src/main.c\n  pyro workspace file read fix big.log --offset 65536 --content-only",
 		ValidArgsFunction: a.completeWorkspace,
-		Args:              args(cobra.ExactArgs(2)),
+		Args:              args(named),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
 			if err := a.notWithJSON("content-only", o.contentOnly); err != nil {
 				return err
@@ -172,7 +172,7 @@ func newFileWriteCmd(a *app) *cobra.Command {
 		Use: "write WORKSPACE PATH (--text TEXT | --text-file FILE | --stdin)", Short: "Write a file, all of it or nothing",
 		Example:           "  pyro workspace file write fix notes.txt --text 'remember this'\n  pyro workspace file write fix config.yml --text-file ./config.yml",
 		ValidArgsFunction: a.completeWorkspace,
-		Args:              args(cobra.ExactArgs(2)),
+		Args:              args(named),
 		RunE: func(cmd *cobra.Command, given []string) error {
 			content, err := a.oneInput(cmd, "text", o.text, "text-file", o.textFile, o.stdin, maxFileInput)
 			if err != nil {
@@ -226,11 +226,19 @@ func (a *app) oneInput(cmd *cobra.Command, textFlag, text, fileFlag, file string
 	case stdin:
 		return io.ReadAll(io.LimitReader(a.In, limit))
 	}
+	content, err := readAtMost(file, limit)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, api.WithHint(api.Errorf(api.ErrInvalid, "--%s: %s does not exist", fileFlag, file), "name a file on this host")
+	}
+	if err != nil {
+		return nil, api.WithHint(api.Errorf(api.ErrInvalid, "--%s: %v", fileFlag, err), "name a file on this host")
+	}
+	return content, nil
+}
+
+func readAtMost(file string, limit int64) ([]byte, error) {
 	f, err := os.Open(file)
 	if err != nil {
-		if errors.Is(err, os.ErrNotExist) {
-			err = api.WithHint(api.Errorf(api.ErrInvalid, "--%s: %s does not exist", fileFlag, file), "name a file on this host")
-		}
 		return nil, err
 	}
 	defer f.Close()
@@ -253,7 +261,7 @@ func newPatchApplyCmd(a *app) *cobra.Command {
 		Use: "apply WORKSPACE (--patch TEXT | --patch-file FILE | --stdin)", Short: "Apply a unified or git-style patch, all of it or nothing",
 		Example:           "  git diff | pyro workspace patch apply fix --stdin",
 		ValidArgsFunction: a.completeWorkspace,
-		Args:              args(cobra.ExactArgs(1)),
+		Args:              args(named),
 		RunE: func(cmd *cobra.Command, given []string) error {
 			text, err := a.oneInput(cmd, "patch", o.patch, "patch-file", o.patchFile, o.stdin, maxPatchInput)
 			if err != nil {
@@ -268,7 +276,7 @@ func newPatchApplyCmd(a *app) *cobra.Command {
 					return a.printJSON(res)
 				}
 				for _, e := range res.Entries {
-					fmt.Fprintf(a.Out, "%-9s %s\n", e.Status, boundedlog.Printable(e.Path))
+					fmt.Fprintf(a.Out, "%-9s %s\n", e.Status, nameText(e.Path))
 				}
 				return nil
 			})(cmd, given)

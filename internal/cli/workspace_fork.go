@@ -99,7 +99,7 @@ the outside are broken.`,
 }
 
 func newResumeCmd(a *app) *cobra.Command {
-	cmd := a.oneWorkspace(&cobra.Command{Use: "resume", Short: "Let a paused workspace go on"},
+	cmd := a.oneWorkspace(&cobra.Command{Use: "resume", Short: "Let a paused workspace go on", Example: "  pyro workspace resume fix"},
 		func(ctx context.Context, c *pyro.Client, ref string) error {
 			progress := a.newProgress()
 			ws, err := c.Resume(ctx, ref, progress.show)

@@ -60,11 +60,11 @@ func runDiff(ctx context.Context, a *app, c *pyro.Client, o *diffOptions, ref st
 		return a.printJSON(d)
 	case o.nameOnly:
 		for _, e := range d.Entries {
-			fmt.Fprintln(a.Out, boundedlog.Printable(e.Path))
+			fmt.Fprintln(a.Out, nameText(e.Path))
 		}
 	}
 	for _, u := range d.Unpatched {
-		fmt.Fprintf(a.Err, "pyro: not in the patch: %s: %s\n", boundedlog.Printable(u.Path), boundedlog.Printable(u.Reason))
+		fmt.Fprintf(a.Err, "pyro: not in the patch: %s: %s\n", nameText(u.Path), boundedlog.Printable(u.Reason))
 	}
 	if !d.Changed {
 		fmt.Fprintf(a.Err, "pyro: nothing differs from %s\n", d.Base)
@@ -84,7 +84,7 @@ are dropped, and links that lead out of what is exported are left out. Files tha
 tools run or obey by themselves, such as Git hooks and editor tasks, are named.`,
 		Example:           "  pyro workspace export fix dist --output ./dist\n  pyro workspace export fix . --output ./result",
 		ValidArgsFunction: a.completeWorkspace,
-		Args:              args(cobra.ExactArgs(2)),
+		Args:              args(named),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
 			o.req.Path = given[1]
 			if o.req.OutputPath == "" {
@@ -100,7 +100,7 @@ tools run or obey by themselves, such as Git hooks and editor tasks, are named.`
 			fmt.Fprintf(a.Out, "wrote %s (%s, %s)\n", res.OutputPath, entriesText(res.EntryCount), humanize.IBytes(uint64(res.BytesWritten)))
 			a.noteSkipped(res.Skipped, res.SkippedCount)
 			for _, p := range res.Active {
-				fmt.Fprintf(a.Err, "pyro: look at it before you work there, tools obey it by themselves: %s\n", boundedlog.Printable(p))
+				fmt.Fprintf(a.Err, "pyro: look at it before you work there, tools obey it by themselves: %s\n", nameText(p))
 			}
 			return nil
 		}),
@@ -122,7 +122,7 @@ runs goes on. Reset goes back to it; diff --from compares with it. With --memory
 saves what runs, too, where the engine can: a reset or a fork then goes on with it.`,
 		Example:           "  pyro workspace snapshot create fix before-upgrade",
 		ValidArgsFunction: a.completeWorkspace,
-		Args:              args(cobra.ExactArgs(2)),
+		Args:              args(named),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
 			req.Name = given[1]
 			s, err := c.CreateSnapshot(ctx, given[0], req)
@@ -141,7 +141,7 @@ saves what runs, too, where the engine can: a reset or a fork then goes on with 
 }
 
 func newSnapshotListCmd(a *app) *cobra.Command {
-	return a.oneWorkspace(&cobra.Command{Use: "list", Short: "List a workspace's snapshots, oldest first"},
+	return a.oneWorkspace(&cobra.Command{Use: "list", Short: "List a workspace's snapshots, oldest first", Example: "  pyro workspace snapshot list fix"},
 		func(ctx context.Context, c *pyro.Client, ref string) error {
 			all, err := c.Snapshots(ctx, ref)
 			if err != nil {
@@ -162,8 +162,9 @@ func newSnapshotDeleteCmd(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: "delete WORKSPACE NAME", Short: "Forget a snapshot",
 		Long:              "Delete forgets a snapshot and gives back the room that nothing else needs.",
+		Example:           "  pyro workspace snapshot delete fix before-upgrade",
 		ValidArgsFunction: a.completeWorkspace,
-		Args:              args(cobra.ExactArgs(2)),
+		Args:              args(named),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
 			if err := c.DeleteSnapshot(ctx, given[0], given[1]); err != nil {
 				return err
@@ -214,8 +215,9 @@ func newWorkspaceDiskListCmd(a *app) *cobra.Command {
 	o := &diskOptions{}
 	cmd := &cobra.Command{
 		Use: "list WORKSPACE [PATH]", Short: "List a directory of the disk (default " + defaultDiskPath + ")",
+		Example:           "  pyro workspace disk list fix\n  pyro workspace disk list fix /etc --recursive",
 		ValidArgsFunction: a.completeWorkspace,
-		Args:              args(cobra.RangeArgs(1, 2)),
+		Args:              args(named),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
 			path := defaultDiskPath
 			if len(given) > 1 {
@@ -239,8 +241,9 @@ func newWorkspaceDiskReadCmd(a *app) *cobra.Command {
 	o := &diskOptions{}
 	cmd := &cobra.Command{
 		Use: "read WORKSPACE PATH", Short: "Print the beginning of a regular file of the disk",
+		Example:           "  pyro workspace disk read fix /var/log/dpkg.log",
 		ValidArgsFunction: a.completeWorkspace,
-		Args:              args(cobra.ExactArgs(2)),
+		Args:              args(named),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
 			if err := a.notWithJSON("content-only", o.contentOnly); err != nil {
 				return err
@@ -264,8 +267,9 @@ func newWorkspaceDiskExportCmd(a *app) *cobra.Command {
 	o := &diskOptions{}
 	cmd := &cobra.Command{
 		Use: "export WORKSPACE --output FILE", Short: "Write the disk as one raw ext4 image",
+		Example:           "  pyro workspace disk export fix --output fix.ext4",
 		ValidArgsFunction: a.completeWorkspace,
-		Args:              args(cobra.ExactArgs(1)),
+		Args:              args(named),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
 			if o.output == "" {
 				return usageError{api.Errorf(api.ErrInvalid, "--output is required")}

@@ -78,7 +78,7 @@ func newShellOpenCmd(a *app) *cobra.Command {
 }
 
 func newShellListCmd(a *app) *cobra.Command {
-	return a.oneWorkspace(&cobra.Command{Use: "list", Short: "List a workspace's shells, oldest first"},
+	return a.oneWorkspace(&cobra.Command{Use: "list", Short: "List a workspace's shells, oldest first", Example: "  pyro workspace shell list fix"},
 		func(ctx context.Context, c *pyro.Client, ref string) error {
 			all, err := c.Shells(ctx, ref)
 			if err != nil {
@@ -98,7 +98,7 @@ func newShellListCmd(a *app) *cobra.Command {
 // oneShell is a command with a workspace and a shell as its arguments.
 func (a *app) oneShell(cmd *cobra.Command, run func(ctx context.Context, c *pyro.Client, ref, id string) error) *cobra.Command {
 	cmd.Use += " WORKSPACE SHELL"
-	cmd.Args = args(cobra.ExactArgs(2))
+	cmd.Args = args(named)
 	cmd.ValidArgsFunction = a.completeWorkspace
 	cmd.RunE = a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
 		return run(ctx, c, given[0], given[1])
@@ -112,6 +112,7 @@ func newShellReadCmd(a *app) *cobra.Command {
 		Use: "read", Short: "Print a shell's output from a cursor on",
 		Long: `Read prints what a shell has shown, from a cursor on. Reading consumes nothing:
 the same cursor gives the same output. The next cursor is on stderr.`,
+		Example: "  pyro workspace shell read fix $shell --plain --wait-for-idle-ms 500\n  pyro workspace shell read fix $shell --cursor 169",
 	}, func(ctx context.Context, c *pyro.Client, ref, id string) error {
 		o.read.WaitForIdle = time.Duration(o.waitForIdleMS) * time.Millisecond
 		r, err := c.ReadShell(ctx, ref, id, o.read)
@@ -134,7 +135,7 @@ the same cursor gives the same output. The next cursor is on stderr.`,
 
 func newShellWriteCmd(a *app) *cobra.Command {
 	o := &shellOptions{}
-	cmd := a.oneShell(&cobra.Command{Use: "write", Short: "Type into a shell"},
+	cmd := a.oneShell(&cobra.Command{Use: "write", Short: "Type into a shell", Example: "  pyro workspace shell write fix $shell --input 'make test'\n  pyro workspace shell write fix $shell --input q --no-newline"},
 		func(ctx context.Context, c *pyro.Client, ref, id string) error {
 			r, err := c.WriteShell(ctx, ref, id, o.input, !o.noNewline)
 			if err != nil {
@@ -153,7 +154,7 @@ func newShellWriteCmd(a *app) *cobra.Command {
 
 func newShellSignalCmd(a *app) *cobra.Command {
 	o := &shellOptions{}
-	cmd := a.oneShell(&cobra.Command{Use: "signal", Short: "Send a signal to what runs in a shell's foreground"},
+	cmd := a.oneShell(&cobra.Command{Use: "signal", Short: "Send a signal to what runs in a shell's foreground", Example: "  pyro workspace shell signal fix $shell\n  pyro workspace shell signal fix $shell --signal TERM"},
 		func(ctx context.Context, c *pyro.Client, ref, id string) error {
 			r, err := c.SignalShell(ctx, ref, id, o.signal)
 			if err != nil {
@@ -170,7 +171,7 @@ func newShellSignalCmd(a *app) *cobra.Command {
 }
 
 func newShellCloseCmd(a *app) *cobra.Command {
-	return a.oneShell(&cobra.Command{Use: "close", Short: "End a shell with everything that runs in it"},
+	return a.oneShell(&cobra.Command{Use: "close", Short: "End a shell with everything that runs in it", Example: "  pyro workspace shell close fix $shell"},
 		func(ctx context.Context, c *pyro.Client, ref, id string) error {
 			r, err := c.CloseShell(ctx, ref, id)
 			if err != nil {
@@ -191,7 +192,7 @@ func newShellAttachCmd(a *app) *cobra.Command {
 shell goes on, and attach or read finds it again.`,
 		Example:           "  pyro workspace shell attach fix",
 		ValidArgsFunction: a.completeWorkspace,
-		Args:              args(cobra.RangeArgs(1, 2)),
+		Args:              args(named),
 		RunE: a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
 			id := ""
 			if len(given) > 1 {
@@ -332,6 +333,9 @@ ready in time has failed: its log is kept and nothing of it runs. Exit status 1.
 }
 
 func serviceArgs(cmd *cobra.Command, given []string) error {
+	if err := swallowed(cmd); err != nil {
+		return err
+	}
 	if dash := cmd.ArgsLenAtDash(); dash != 2 {
 		return fmt.Errorf("name a workspace and the service, and put the command after --, as in: pyro workspace service start fix web -- ./serve")
 	}
@@ -386,7 +390,7 @@ func (o *serviceOptions) complete(cmd *cobra.Command) error {
 // parsePublish reads [[HOST:]HOST_PORT:]GUEST_PORT. A host that is an IPv6
 // address stands in brackets.
 func parsePublish(text string) (api.PublishedPort, error) {
-	bad := api.WithHint(api.Errorf(api.ErrInvalid, "--publish %q", text), "write --publish 8000, --publish 18000:8000 or --publish 127.0.0.1:18000:8000")
+	bad := api.WithHint(api.Errorf(api.ErrInvalid, "--publish %q is no port", text), "write --publish 8000, --publish 18000:8000 or --publish 127.0.0.1:18000:8000")
 	number := func(s string, least int) (int, bool) {
 		n := 0
 		if _, err := fmt.Sscanf(s, "%d", &n); err != nil || fmt.Sprint(n) != s || n < least || n > 65535 {
@@ -442,7 +446,7 @@ func portText(p api.PublishedPort) string {
 }
 
 func newServiceListCmd(a *app) *cobra.Command {
-	return a.oneWorkspace(&cobra.Command{Use: "list", Short: "List a workspace's services"},
+	return a.oneWorkspace(&cobra.Command{Use: "list", Short: "List a workspace's services", Example: "  pyro workspace service list fix"},
 		func(ctx context.Context, c *pyro.Client, ref string) error {
 			all, err := c.Services(ctx, ref)
 			if err != nil {
@@ -466,7 +470,7 @@ func newServiceListCmd(a *app) *cobra.Command {
 // oneService is a command with a workspace and a service as its arguments.
 func (a *app) oneService(cmd *cobra.Command, run func(ctx context.Context, c *pyro.Client, ref, name string) error) *cobra.Command {
 	cmd.Use += " WORKSPACE SERVICE"
-	cmd.Args = args(cobra.ExactArgs(2))
+	cmd.Args = args(named)
 	cmd.ValidArgsFunction = a.completeWorkspace
 	cmd.RunE = a.withClient(func(ctx context.Context, c *pyro.Client, given []string) error {
 		return run(ctx, c, given[0], given[1])
@@ -475,7 +479,7 @@ func (a *app) oneService(cmd *cobra.Command, run func(ctx context.Context, c *py
 }
 
 func newServiceStatusCmd(a *app) *cobra.Command {
-	return a.oneService(&cobra.Command{Use: "status", Short: "Show one service"},
+	return a.oneService(&cobra.Command{Use: "status", Short: "Show one service", Example: "  pyro workspace service status fix web"},
 		func(ctx context.Context, c *pyro.Client, ref, name string) error {
 			s, err := c.Service(ctx, ref, name)
 			if err != nil {
@@ -486,7 +490,7 @@ func newServiceStatusCmd(a *app) *cobra.Command {
 }
 
 func newServiceStopCmd(a *app) *cobra.Command {
-	return a.oneService(&cobra.Command{Use: "stop", Short: "End a service and close its ports"},
+	return a.oneService(&cobra.Command{Use: "stop", Short: "End a service and close its ports", Example: "  pyro workspace service stop fix web"},
 		func(ctx context.Context, c *pyro.Client, ref, name string) error {
 			s, err := c.StopService(ctx, ref, name)
 			if err != nil {
@@ -498,9 +502,13 @@ func newServiceStopCmd(a *app) *cobra.Command {
 
 func newServiceLogsCmd(a *app) *cobra.Command {
 	o := &serviceOptions{}
-	cmd := a.oneService(&cobra.Command{Use: "logs", Short: "Show a service's output"},
+	var cmd *cobra.Command
+	cmd = a.oneService(&cobra.Command{Use: "logs", Short: "Show a service's output", Example: "  pyro workspace service logs fix web --tail-lines 50\n  pyro workspace service logs fix web --follow"},
 		func(ctx context.Context, c *pyro.Client, ref, name string) error {
 			tail := &o.tail
+			if o.all && cmd.Flags().Changed("tail-lines") {
+				return usageError{api.Errorf(api.ErrInvalid, "--all and --tail-lines exclude each other")}
+			}
 			if o.all {
 				tail = nil
 			}
