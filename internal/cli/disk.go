@@ -151,11 +151,15 @@ func (a *app) printList(list *api.DiskList) error {
 	return w.Flush()
 }
 
-// printEntries prints a listing for people: names made printable.
+// printEntries prints a listing for people.
 func (a *app) printEntries(entries []api.DiskEntry) error {
 	w := bufio.NewWriter(a.Out)
 	for _, e := range entries {
-		line := fmt.Sprintf("%-9s %12s  %s", e.ArtifactType, strconv.FormatInt(e.SizeBytes, 10), nameText(e.Path))
+		path, err := e.RawPath()
+		if err != nil {
+			return err
+		}
+		line := fmt.Sprintf("%-9s %12s  %s", e.ArtifactType, strconv.FormatInt(e.SizeBytes, 10), nameText(path))
 		if e.LinkTarget != nil {
 			line += " -> " + nameText(*e.LinkTarget)
 		}

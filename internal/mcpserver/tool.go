@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -168,10 +169,15 @@ func (o *offered) arguments(raw json.RawMessage) ([]byte, error) {
 	}
 	if err := o.input.Validate(given); err != nil {
 		text := strings.ReplaceAll(err.Error(), "validating root: validating /properties/", "parameter ")
+		text = outOfRange.ReplaceAllString(text, "$1 is $2 than $3")
 		return nil, api.WithHint(api.Errorf(api.ErrInvalid, "%s", shorten(text)), "%s", o.usage())
 	}
 	return json.Marshal(given)
 }
+
+// outOfRange is what the validator says of a number that is too small or too large,
+// in fractions: minimum: -1/1 is less than 0.000000.
+var outOfRange = regexp.MustCompile(`(?:minimum|maximum): (\S+?)(?:/1)? is (less|greater) than (-?\d+)\.0+`)
 
 func (o *offered) usage() string {
 	if o.example == "" {
