@@ -39,6 +39,7 @@ func tool(t testing.TB, ok []int, name string, args ...string) string {
 // TestMain makes the tools of e2fsprogs findable: Debian keeps them out of an
 // ordinary user's PATH.
 func TestMain(m *testing.M) {
+	testenv.PrivateMounts()
 	os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin")
 	os.Exit(m.Run())
 }

@@ -32,9 +32,6 @@ func mount(t testing.TB, img string, opts ...string) (dir string, unmount func()
 	mounted := true
 	unmount = func() {
 		if mounted {
-			// A mount namespace that another program made meanwhile has a copy
-			// of the mount and keeps the filesystem from being unmounted.
-			tool(t, nil, "sync", "-f", dir)
 			tool(t, nil, "umount", dir)
 			mounted = false
 		}
