@@ -4,6 +4,8 @@ import (
 	"errors"
 	"net/netip"
 	"syscall"
+
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
 var (
@@ -30,3 +32,13 @@ func (g *Gateway) ReachNothing() {
 
 // Inject gives the stack a packet as Serve does.
 func (g *Gateway) Inject(packet []byte) { g.link.inject(packet, g.guests, g.own) }
+
+// Held is how many TCP connections the stack holds, also after their end.
+func (g *Gateway) Held() (n int) {
+	for _, endpoint := range g.stack.RegisteredEndpoints() {
+		if t, ok := endpoint.(*tcp.Endpoint); ok && t.EndpointState() != tcp.StateListen {
+			n++
+		}
+	}
+	return n
+}

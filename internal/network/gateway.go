@@ -68,6 +68,8 @@ type Config struct {
 	// tests, whose outside world is a namespace with such an address. It opens
 	// no address of this host.
 	Allow []netip.Prefix
+	// Clock is what the stack measures time by; nil means this host's clock.
+	Clock tcpip.Clock
 }
 
 // A Gateway is the network of one guest. It exists without the guest's
@@ -194,6 +196,7 @@ func (g *Gateway) start() error {
 	g.stack = stack.New(stack.Options{
 		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
 		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol},
+		Clock:              g.config.Clock,
 	})
 	g.link = newLink(deviceMTU, &g.counts)
 	// Any address is this stack's, and it may answer as any: that is what makes
@@ -223,14 +226,18 @@ func (g *Gateway) start() error {
 }
 
 // tuneTCP bounds what connections hold, also after their end: the guest is one
-// short hop away, so nothing needs to be waited for long.
+// short hop away, so nothing needs to be waited for long, and for what arrives
+// late (TIME-WAIT, RFC 9293 section 3.3.2) not at all, because the connection to
+// the guest keeps packets in their order. A stack that waits loses the SYN of a
+// port that is used again meanwhile, and gVisor as the guest's kernel takes any
+// port for the next connection: a few in a thousand took seconds then.
 func (g *Gateway) tuneTCP() error {
 	moderate, sack := tcpip.TCPModerateReceiveBufferOption(true), tcpip.TCPSACKEnabled(true)
-	wait, linger := tcpip.TCPTimeWaitTimeoutOption(2*time.Second), tcpip.TCPLingerTimeoutOption(30*time.Second)
+	timeWait, linger := tcpip.TCPTimeWaitTimeoutOption(0), tcpip.TCPLingerTimeoutOption(30*time.Second)
 	for _, option := range []tcpip.SettableTransportProtocolOption{
 		&tcpip.TCPSendBufferSizeRangeOption{Min: minBuffer, Default: usualBuffer, Max: maxBuffer},
 		&tcpip.TCPReceiveBufferSizeRangeOption{Min: minBuffer, Default: usualBuffer, Max: maxBuffer},
-		&moderate, &sack, &wait, &linger,
+		&moderate, &sack, &timeWait, &linger,
 	} {
 		if err := g.stack.SetTransportProtocolOption(tcp.ProtocolNumber, option); err != nil {
 			return stackError(fmt.Sprintf("setting %T", option), err)

@@ -17,6 +17,10 @@ import (
 	"testing"
 	"time"
 
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 	"github.com/pyro-mcp/pyro/internal/network"
@@ -249,6 +253,53 @@ func noneOpen(t *testing.T, g *guest) {
 	for end := time.Now().Add(20 * time.Second); g.Stats().TCPOpen > 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("%d connections stay open", g.Stats().TCPOpen)
+		}
+	}
+}
+
+// standstill is a clock by which what is due at once happens, and nothing else.
+type standstill struct{ tcpip.Clock }
+
+func (s standstill) AfterFunc(d time.Duration, f func()) tcpip.Timer {
+	if d > 0 {
+		d = 1000 * time.Hour
+	}
+	return s.Clock.AfterFunc(d, f)
+}
+
+// A port of the guest's from which a connection has ended is free for the next
+// one to the same server, whoever has ended it first and however soon that is.
+func TestPortAgain(t *testing.T) {
+	t.Parallel()
+	outside := netns.New(t)
+	listener := outside.Listen(t)
+	g := newGuest(t, network.Config{Allow: []netip.Prefix{outside.Network}, Clock: standstill{tcpip.NewStdClock()}})
+	from, to := full(netip.AddrPortFrom(network.Guest4.Addr(), 4000)), full(addrPort(listener.Addr()))
+	for range 3 {
+		// The guest's own stack may need a moment for letting go of the port.
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		inside, err := gonet.DialTCPWithBind(ctx, g.stack, from, to, header.IPv4ProtocolNumber)
+		for ; err != nil && strings.Contains(err.Error(), "Bind"); time.Sleep(time.Millisecond) {
+			inside, err = gonet.DialTCPWithBind(ctx, g.stack, from, to, header.IPv4ProtocolNumber)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := listener.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+		if b, err := io.ReadAll(inside); err != nil || len(b) > 0 {
+			t.Errorf("the guest has read %q, %v", b, err)
+		}
+		inside.Close()
+		for g.Held() > 0 {
+			if ctx.Err() != nil {
+				t.Fatal("the connection has ended and is not forgotten")
+			}
+			time.Sleep(time.Millisecond)
 		}
 	}
 }
