@@ -74,7 +74,7 @@ var layers = [][]string{
 	{"internal/artifact"},
 	{"internal/store"},
 	{"internal/statedir"},
-	{"internal/termtext", "internal/hostproc", "internal/boundedlog", "internal/manifest", "internal/rtnetlink", "internal/redact"},
+	{"internal/termtext", "internal/hostproc", "internal/boundedlog", "internal/manifest", "internal/passwd", "internal/rtnetlink", "internal/redact"},
 	{"internal/testenv", "internal/failpoint"},
 	{"api"},
 }

@@ -142,7 +142,7 @@ func (s *Server) workDir(cwd string, u *user) (string, error) {
 	case !fi.IsDir():
 		return "", api.Errorf(api.ErrInvalid, "the working directory %s is not a directory", cwd)
 	case !process.MayEnter(dir, u.credential()):
-		return "", api.WithHint(api.Errorf(api.ErrDenied, "user %q may not enter the working directory %s", u.name, cwd),
+		return "", api.WithHint(api.Errorf(api.ErrDenied, "user %q may not enter the working directory %s", u.Name, cwd),
 			"choose another one with --cwd, or --user root")
 	}
 	return dir, nil

@@ -80,7 +80,7 @@ func (s *Server) startShell(req *guestproto.OpenShell, budget *ring.Budget) (*sh
 	}
 	login := "root"
 	if u != nil {
-		login = u.name
+		login = u.Name
 	}
 	master, slave, err := openTerminal(&size)
 	if err != nil {
