@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"hash"
 	"os"
 	"slices"
@@ -59,6 +60,7 @@ func (s *size) diskBytes() (disk, content int64, err error) {
 // An imageSink writes the image and the manifest.
 type imageSink struct {
 	image    *ext4image.Writer
+	uid, gid uint32
 	manifest *manifest.Writer
 	times    hash.Hash
 	file     *os.File
@@ -77,7 +79,7 @@ type described struct {
 	mtime int64
 }
 
-func newImageSink(imageFile, manifestFile *os.File, disk, topTime int64, sorted bool) (*imageSink, error) {
+func newImageSink(imageFile, manifestFile *os.File, disk, topTime int64, sorted bool, uid, gid uint32) (*imageSink, error) {
 	opts := ext4image.Options{SizeBytes: disk, Label: "pyro-seed", Time: time.Unix(0, topTime)}
 	if _, err := rand.Read(opts.UUID[:]); err != nil {
 		return nil, err
@@ -89,13 +91,14 @@ func newImageSink(imageFile, manifestFile *os.File, disk, topTime int64, sorted 
 	if err != nil {
 		return nil, err
 	}
-	s := &imageSink{image: image, manifest: manifest.NewWriter(manifestFile), times: sha256.New(), sorted: sorted, file: imageFile, links: map[string]described{}}
+	s := &imageSink{image: image, uid: uid, gid: gid, manifest: manifest.NewWriter(manifestFile), times: sha256.New(), sorted: sorted, file: imageFile, links: map[string]described{}}
 	s.time(topTime)
-	for _, dir := range []string{workspacedisk.LayerDir, topPath} {
-		err := image.Add(ext4image.Entry{Path: dir, Mode: ext4image.ModeDir | 0o755, ModTime: time.Unix(0, topTime)}, nil)
-		if err != nil {
-			return nil, err
-		}
+	// The first stands for the guest's root directory, which is root's.
+	layer := ext4image.Entry{Path: workspacedisk.LayerDir, Mode: ext4image.ModeDir | 0o755, ModTime: time.Unix(0, topTime)}
+	top := layer
+	top.Path, top.UID, top.GID = topPath, uid, gid
+	if err := errors.Join(image.Add(layer, nil), image.Add(top, nil)); err != nil {
+		return nil, err
 	}
 	return s, nil
 }
@@ -107,7 +110,7 @@ func (s *imageSink) time(ns int64) {
 }
 
 func (s *imageSink) put(it item, c *content) error {
-	e := ext4image.Entry{Path: topPath + "/" + it.path, Mode: uint16(it.mode), ModTime: time.Unix(0, it.mtime)}
+	e := ext4image.Entry{Path: topPath + "/" + it.path, Mode: uint16(it.mode), UID: s.uid, GID: s.gid, ModTime: time.Unix(0, it.mtime)}
 	d := described{manifest.Entry{Path: it.path, Type: it.typ, Mode: it.mode, Size: it.size}, it.mtime}
 	switch it.typ {
 	case manifest.Directory:
@@ -187,6 +190,9 @@ func (s *imageSink) close() (digest string, err error) {
 	}
 	h := sha256.New()
 	h.Write([]byte("pyro seed 1\n"))
+	if s.uid != 0 || s.gid != 0 {
+		fmt.Fprintf(h, "owner %d:%d\n", s.uid, s.gid)
+	}
 	h.Write(sum[:])
 	h.Write(s.times.Sum(nil))
 	return "sha256:" + hex.EncodeToString(h.Sum(nil)), nil

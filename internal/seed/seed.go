@@ -18,7 +18,7 @@
 //
 // What is taken of a directory: files, directories (empty ones too) and links
 // as they are, wherever these point; permission bits without set-id, and
-// modification times; everything belongs to root. Hard links become copies.
+// modification times; everything belongs to one user, mostly root. Hard links become copies.
 // Devices, pipes, sockets and what cannot be read is left out and reported.
 //
 // A directory that is, or lies in, a Git checkout is taken without what Git
@@ -46,12 +46,14 @@ type Source struct {
 	Path string
 	// IncludeIgnored also takes what a Git checkout ignores.
 	IncludeIgnored bool
+	// UID and GID are whom everything belongs to, as numbers of the guest.
+	UID, GID uint32
 }
 
 // A Seed is an installed seed, checked and not to be removed until Close.
 type Seed struct {
 	// Digest is "sha256:" and hexadecimal digits. Equal trees, modification
-	// times included, have equal digests.
+	// times and owner included, have equal digests.
 	Digest string
 	// ImagePath is the raw ext4 image. It must not be written.
 	ImagePath string

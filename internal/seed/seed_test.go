@@ -25,6 +25,7 @@ import (
 	"github.com/pyro-mcp/pyro/internal/seed"
 	"github.com/pyro-mcp/pyro/internal/testenv"
 	"github.com/pyro-mcp/pyro/internal/workspacedisk"
+	"github.com/pyro-mcp/pyro/internal/workspacedisk/ext4"
 )
 
 func must(tb testing.TB, err error) {
@@ -220,6 +221,80 @@ func TestImage(t *testing.T) {
 	if st.Blocks*512 > 8<<20 {
 		t.Errorf("the image takes %d bytes on the disk", st.Blocks*512)
 	}
+}
+
+// Everything of a seed belongs to whom the source says, and is another seed than
+// root's, but the directory that stands for the guest's own root directory.
+func TestOwner(t *testing.T) {
+	dir := t.TempDir()
+	write(t, dir, oddFiles)
+	archive := filepath.Join(t.TempDir(), "a.tar")
+	if out, err := exec.Command("tar", "-c", "-f", archive, "-C", dir, ".").CombinedOutput(); err != nil {
+		t.Fatalf("tar: %v: %s", err, out)
+	}
+	store := newStore(t)
+	// Both numbers have bits that ext4 keeps apart from the others.
+	const uid, gid = 70_000, 70_001
+	for _, source := range []string{dir, archive} {
+		roots := build(t, store, seed.Source{Path: source})
+		users := build(t, store, seed.Source{Path: source, UID: uid, GID: gid})
+		others := build(t, store, seed.Source{Path: source, UID: gid, GID: uid})
+		if roots.Digest == users.Digest || users.Digest == others.Digest {
+			t.Error("seeds of different owners are one")
+		}
+		if d := cmp.Diff(paths(t, roots), paths(t, users)); d != "" {
+			t.Error(d)
+		}
+		for _, s := range []*seed.Seed{roots, users} {
+			of := [2]uint32{}
+			if s == users {
+				of = [2]uint32{uid, gid}
+			}
+			want := map[string][2]uint32{"/upper": {}, "/upper/workspace": of}
+			for e, err := range s.Manifest(t.Context()) {
+				must(t, err)
+				want["/upper/workspace/"+e.Path] = of
+			}
+			if d := cmp.Diff(want, owners(t, s.ImagePath)); d != "" {
+				t.Error(d)
+			}
+		}
+	}
+}
+
+// owners returns whom everything at and below /upper of an image belongs to.
+func owners(tb testing.TB, image string) map[string][2]uint32 {
+	tb.Helper()
+	f, err := os.Open(image)
+	must(tb, err)
+	defer f.Close()
+	fi, err := f.Stat()
+	must(tb, err)
+	fs, err := ext4.Open(tb.Context(), f, fi.Size())
+	must(tb, err)
+	budget := &ext4.Budget{DirBytes: 1 << 20}
+	root, err := fs.Inode(ext4.RootInode)
+	must(tb, err)
+	number, _, err := fs.Lookup(tb.Context(), root, budget, "upper")
+	must(tb, err)
+	out := map[string][2]uint32{}
+	pending := map[string]uint32{"/upper": number}
+	for len(pending) > 0 {
+		for path, number := range pending {
+			delete(pending, path)
+			ino, err := fs.Inode(number)
+			must(tb, err)
+			out[path] = [2]uint32{ino.UID, ino.GID}
+			if !ino.IsDir() {
+				continue
+			}
+			must(tb, fs.ReadDir(tb.Context(), ino, budget, func(e ext4.Dirent) error {
+				pending[path+"/"+e.Name] = e.Inode
+				return nil
+			}))
+		}
+	}
+	return out
 }
 
 func TestEmpty(t *testing.T) {

@@ -93,7 +93,7 @@ func (s *Store) Build(ctx context.Context, src Source, progress func(api.Progres
 	if what == "" {
 		what = "nothing"
 	}
-	seed, err := s.build(ctx, in)
+	seed, err := s.build(ctx, in, src)
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		err = api.WithHint(api.Errorf(api.ErrExhausted, "%w", err), "free space on the disk of %s", s.dir)
 	}
@@ -103,7 +103,7 @@ func (s *Store) Build(ctx context.Context, src Source, progress func(api.Progres
 	return seed, nil
 }
 
-func (s *Store) build(ctx context.Context, in input) (_ *Seed, err error) {
+func (s *Store) build(ctx context.Context, in input, src Source) (_ *Seed, err error) {
 	size := in.size()
 	disk, need, err := size.diskBytes()
 	if err != nil {
@@ -134,7 +134,7 @@ func (s *Store) build(ctx context.Context, in input) (_ *Seed, err error) {
 	if err := os.MkdirAll(out, 0o700); err != nil {
 		return nil, err
 	}
-	rec, err := write(in, out, disk)
+	rec, err := write(in, src, out, disk)
 	if err != nil {
 		return nil, err
 	}
@@ -150,7 +150,7 @@ func (s *Store) build(ctx context.Context, in input) (_ *Seed, err error) {
 }
 
 // write makes the files of a seed in dir, all on stable storage.
-func write(in input, dir string, disk int64) (rec record, err error) {
+func write(in input, src Source, dir string, disk int64) (rec record, err error) {
 	image, err := os.OpenFile(filepath.Join(dir, imageName), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return rec, err
@@ -161,7 +161,7 @@ func write(in input, dir string, disk int64) (rec record, err error) {
 		return rec, err
 	}
 	defer list.Close()
-	sink, err := newImageSink(image, list, disk, in.topTime(), in.sorted())
+	sink, err := newImageSink(image, list, disk, in.topTime(), in.sorted(), src.UID, src.GID)
 	if err != nil {
 		return rec, err
 	}

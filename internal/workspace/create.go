@@ -1,25 +1,19 @@
 package workspace
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"os"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/engine"
 	"github.com/pyro-mcp/pyro/internal/environment"
 	"github.com/pyro-mcp/pyro/internal/failpoint"
-	"github.com/pyro-mcp/pyro/internal/guestclient"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 	"github.com/pyro-mcp/pyro/internal/seed"
 	"github.com/pyro-mcp/pyro/internal/statedir"
@@ -151,28 +145,6 @@ func (m *Manager) fillCreate(r *api.CreateRequest) error {
 	return nil
 }
 
-// sourceAt says what the file or directory at path on this host holds; the
-// empty source for "".
-func sourceAt(path string, includeIgnored bool) (seed.Source, error) {
-	if path == "" {
-		return seed.Source{}, nil
-	}
-	path, err := filepath.Abs(path)
-	if err != nil {
-		return seed.Source{}, err
-	}
-	st, err := os.Stat(path)
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		return seed.Source{}, api.WithHint(api.Errorf(api.ErrInvalid, "%s does not exist", path), "name a directory or a tar archive on this host")
-	case err != nil:
-		return seed.Source{}, err
-	case !st.IsDir() && !st.Mode().IsRegular():
-		return seed.Source{}, api.WithHint(api.Errorf(api.ErrInvalid, "%s is neither a directory nor a file", path), "name a directory or a tar archive")
-	}
-	return seed.Source{Path: path, IncludeIgnored: includeIgnored}, nil
-}
-
 // claim writes the record of a workspace that is yet to be made, and holds it.
 func (m *Manager) claim(ctx context.Context, c engine.Candidate, req api.CreateRequest) (_ *held, err error) {
 	now := time.Now().UTC()
@@ -251,22 +223,20 @@ func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Sourc
 	defer image.Close()
 	defer sd.Close()
 	failpoint.Hit("create/gathered")
-	seedIsLayer := c.SeedLayer
+	seedIsLayer := sd != nil && c.SeedLayer
 	err = h.update(ctx, func(ws *store.Workspace) error {
 		if image != nil {
 			ws.EnvironmentDigest, ws.Image = image.Digest, image.Config
-			ws.User = cmp.Or(req.User, image.Config.User)
+			ws.User = runsAs(req, image)
 			if ws.DiskMiB == 0 {
 				ws.DiskMiB = image.DiskMiB
 			}
 		}
 		if sd != nil {
 			ws.WorkspaceSeed, ws.SeedDigest = sd.Info, sd.Digest
-			// Only the guest can say what its user's name means: it makes the
-			// files of one that is not root.
-			if seedIsLayer = c.SeedLayer && api.IsRoot(ws.User); seedIsLayer {
-				ws.Layers = []string{seedLayer(sd.Digest)}
-			}
+		}
+		if seedIsLayer {
+			ws.Layers = []string{seedLayer(sd.Digest)}
 		}
 		return nil
 	})
@@ -275,7 +245,7 @@ func (h *held) create(ctx context.Context, c engine.Candidate, source seed.Sourc
 	}
 	failpoint.Hit("create/described")
 	d := h.diskOf(h.Workspace)
-	if !api.IsRoot(h.User) {
+	if !seedIsLayer && !api.IsRoot(h.User) {
 		d.owner = h.User
 	}
 	p, err := h.startMachine(ctx, c, d, req.Progress)
@@ -312,70 +282,6 @@ func (h *held) started(ctx context.Context, p *supervisor.Process, event store.E
 	}
 	failpoint.Hit("create/started")
 	return p.Keep(ctx)
-}
-
-// ingredients gets the environment's image and the seed, both at once. Either
-// is nil where there is none.
-func (m *Manager) ingredients(ctx context.Context, c engine.Candidate, source seed.Source, req api.CreateRequest) (image *environment.Image, sd *seed.Seed, err error) {
-	g, ctx := errgroup.WithContext(ctx)
-	if c.NeedsImage {
-		g.Go(func() (err error) {
-			image, err = m.environments.Use(ctx, req.Environment, req.Progress)
-			return err
-		})
-	}
-	if source.Path != "" {
-		g.Go(func() (err error) {
-			seeds, err := m.seeds()
-			if err != nil {
-				return err
-			}
-			sd, err = seeds.Build(ctx, source, req.Progress)
-			return err
-		})
-	}
-	if err := g.Wait(); err != nil {
-		image.Close()
-		sd.Close()
-		return nil, nil, err
-	}
-	return image, sd, nil
-}
-
-// upload puts the seed's files into the guest.
-func upload(ctx context.Context, p *supervisor.Process, sd *seed.Seed, progress func(api.Progress)) error {
-	progress(api.Progress{Phase: "seed", Message: "copying the seed into the guest"})
-	client := guestclient.New(p.DialGuest, guestclient.Options{Patience: patience(p.Status.TimeScale)})
-	r, w := io.Pipe()
-	defer r.Close()
-	go func() {
-		meter := &meter{w: w, report: func(n int64) {
-			progress(api.Progress{Phase: "seed", Message: "copying the seed into the guest", Done: n, Total: max(n, sd.Info.BytesWritten)})
-		}}
-		w.CloseWithError(sd.WriteTar(ctx, meter))
-	}()
-	if _, err := client.UploadArchive(ctx, api.WorkspacePath, r); err != nil {
-		return fmt.Errorf("copying the seed into the guest: %w", err)
-	}
-	return nil
-}
-
-// meter reports how much has gone through it, some ten times a second at most.
-type meter struct {
-	w      io.Writer
-	n      int64
-	last   time.Time
-	report func(int64)
-}
-
-func (m *meter) Write(p []byte) (int, error) {
-	n, err := m.w.Write(p)
-	m.n += int64(n)
-	if now := time.Now(); now.Sub(m.last) > 100*time.Millisecond {
-		m.last = now
-		m.report(m.n)
-	}
-	return n, err
 }
 
 // baseline makes the snapshot that a reset goes back to. Unless something was

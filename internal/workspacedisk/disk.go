@@ -164,9 +164,10 @@ func cleanPath(p string) (string, error) {
 }
 
 // resolve finds the file at a clean path. Symlinks on the way are followed
-// inside the disk, the last component is not. What is not there is ErrNotFound.
-func (d *Disk) resolve(ctx context.Context, guestPath string, budget *ext4.Budget) (file, error) {
-	f, ok, err := d.walk(ctx, guestPath, budget)
+// inside the disk, the last component only if follow says so. What is not there
+// is ErrNotFound.
+func (d *Disk) resolve(ctx context.Context, guestPath string, budget *ext4.Budget, follow bool) (file, error) {
+	f, ok, err := d.walk(ctx, guestPath, budget, follow)
 	if err != nil {
 		return file{}, fmt.Errorf("failed to inspect workspace disk path %q: %w", guestPath, err)
 	}
@@ -177,7 +178,7 @@ func (d *Disk) resolve(ctx context.Context, guestPath string, budget *ext4.Budge
 }
 
 // walk is resolve with ok false for what does not exist.
-func (d *Disk) walk(ctx context.Context, guestPath string, budget *ext4.Budget) (f file, ok bool, err error) {
+func (d *Disk) walk(ctx context.Context, guestPath string, budget *ext4.Budget, follow bool) (f file, ok bool, err error) {
 	stack := []file{d.tree.root()} // from the root to where we are
 	rest := components(guestPath)
 	for links := 0; len(rest) > 0; {
@@ -195,7 +196,7 @@ func (d *Disk) walk(ctx context.Context, guestPath string, budget *ext4.Budget) 
 		if err != nil || !ok {
 			return file{}, false, err
 		}
-		if !next.IsSymlink() || len(rest) == 0 {
+		if !next.IsSymlink() || len(rest) == 0 && !follow {
 			stack = append(stack, next)
 			continue
 		}

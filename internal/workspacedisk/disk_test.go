@@ -109,6 +109,43 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
+// A file that is looked for like a program of the guest does is found behind
+// links, and nothing else is.
+func TestReadLinked(t *testing.T) {
+	t.Parallel()
+	needTools(t)
+	dir := t.TempDir()
+	writeFile(t, dir, "usr/lib/passwd", "somebody")
+	writeFile(t, dir, "etc/group", "group")
+	symlink(t, "../usr/lib/passwd", dir+"/etc/passwd")
+	symlink(t, "/etc/passwd", dir+"/etc/again")
+	symlink(t, "nowhere", dir+"/etc/broken")
+	symlink(t, "loop", dir+"/etc/loop")
+	symlink(t, "/usr", dir+"/etc/directory")
+	d := openRaw(t, makeImage(t, dir, "1M"))
+	for _, tt := range []struct {
+		path  string
+		max   int64
+		want  string
+		class error
+	}{
+		{"/etc/group", 64, "group", nil},
+		{"/etc/group", 3, "gro", nil},
+		{"/etc/passwd", 64, "somebody", nil},
+		{"/etc/again", 64, "somebody", nil},
+		{"/etc/broken", 64, "", api.ErrNotFound},
+		{"/etc/group/below", 64, "", api.ErrNotFound},
+		{"/etc/loop", 64, "", api.ErrInvalid},
+		{"/etc/directory", 64, "", api.ErrInvalid},
+		{"/etc/group", workspacedisk.MaxReadBytes + 1, "", api.ErrInvalid},
+	} {
+		got, err := d.ReadLinked(t.Context(), tt.path, tt.max)
+		if string(got) != tt.want || !errors.Is(err, tt.class) {
+			t.Errorf("%s: %q, %v", tt.path, got, err)
+		}
+	}
+}
+
 // TestReadBeyondText shows what becomes of bytes that are no text, and of a
 // character that the bound cuts.
 func TestReadBeyondText(t *testing.T) {

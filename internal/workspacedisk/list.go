@@ -22,7 +22,7 @@ func (d *Disk) List(ctx context.Context, guestPath string, recursive bool) (*api
 		return nil, err
 	}
 	l := &lister{budget: d.budget(), limits: d.opts.Limits}
-	f, err := d.resolve(ctx, guestPath, l.budget)
+	f, err := d.resolve(ctx, guestPath, l.budget, false)
 	if err != nil {
 		return nil, err
 	}

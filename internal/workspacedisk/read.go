@@ -24,15 +24,13 @@ func (d *Disk) Read(ctx context.Context, guestPath string, maxBytes int64) (*api
 		return nil, api.WithHint(api.Errorf(api.ErrInvalid, "max_bytes must be at most %d", MaxReadBytes),
 			"--content-only has no such bound; or export the disk")
 	}
-	guestPath, f, err := d.openFile(ctx, guestPath, maxBytes)
+	guestPath, f, err := d.openFile(ctx, guestPath, maxBytes, false)
 	if err != nil {
 		return nil, err
 	}
-	data := make([]byte, min(f.Size(), maxBytes))
-	if len(data) > 0 {
-		if _, err := f.ReadAt(data, 0); err != nil && err != io.EOF {
-			return nil, fmt.Errorf("failed to dump workspace disk file %s: %w", guestPath, err)
-		}
+	data, err := readStart(guestPath, f, maxBytes)
+	if err != nil {
+		return nil, err
 	}
 	out := &api.DiskRead{MaxBytes: maxBytes, Path: validText(guestPath), SizeBytes: f.Size(), Truncated: f.Size() > maxBytes}
 	text := data
@@ -47,11 +45,36 @@ func (d *Disk) Read(ctx context.Context, guestPath string, maxBytes int64) (*api
 	return out, nil
 }
 
+// ReadLinked returns the first maxBytes bytes of the regular file that guestPath
+// leads to, through symlinks like a program in the guest. maxBytes must lie
+// between 1 and MaxReadBytes.
+func (d *Disk) ReadLinked(ctx context.Context, guestPath string, maxBytes int64) ([]byte, error) {
+	if maxBytes > MaxReadBytes {
+		return nil, api.Errorf(api.ErrInvalid, "max_bytes must be at most %d", MaxReadBytes)
+	}
+	guestPath, f, err := d.openFile(ctx, guestPath, maxBytes, true)
+	if err != nil {
+		return nil, err
+	}
+	return readStart(guestPath, f, maxBytes)
+}
+
+// readStart returns up to maxBytes bytes from a file's beginning.
+func readStart(guestPath string, f *ext4.File, maxBytes int64) ([]byte, error) {
+	data := make([]byte, min(f.Size(), maxBytes))
+	if len(data) > 0 {
+		if _, err := f.ReadAt(data, 0); err != nil && err != io.EOF {
+			return nil, fmt.Errorf("failed to dump workspace disk file %s: %w", guestPath, err)
+		}
+	}
+	return data, nil
+}
+
 // CopyFile writes the first maxBytes bytes of the regular file at guestPath to
 // w and returns how many that were and whether there are more. A maxBytes of
 // at most 0 is ErrInvalid; there is no upper bound.
 func (d *Disk) CopyFile(ctx context.Context, w io.Writer, guestPath string, maxBytes int64) (n int64, truncated bool, err error) {
-	guestPath, f, err := d.openFile(ctx, guestPath, maxBytes)
+	guestPath, f, err := d.openFile(ctx, guestPath, maxBytes, false)
 	if err != nil {
 		return 0, false, err
 	}
@@ -74,9 +97,9 @@ func (d *Disk) CopyFile(ctx context.Context, w io.Writer, guestPath string, maxB
 	return n, f.Size() > maxBytes, nil
 }
 
-// openFile checks the request, finds the file and makes sure it is a regular
-// one. It also returns the clean path.
-func (d *Disk) openFile(ctx context.Context, guestPath string, maxBytes int64) (string, *ext4.File, error) {
+// openFile checks the request, finds the file, as resolve does, and makes sure it
+// is a regular one. It also returns the clean path.
+func (d *Disk) openFile(ctx context.Context, guestPath string, maxBytes int64, follow bool) (string, *ext4.File, error) {
 	if maxBytes <= 0 {
 		return "", nil, api.WithHint(api.Errorf(api.ErrInvalid, "max_bytes must be positive"), "give --max-bytes a number of bytes above 0")
 	}
@@ -84,7 +107,7 @@ func (d *Disk) openFile(ctx context.Context, guestPath string, maxBytes int64) (
 	if err != nil {
 		return "", nil, err
 	}
-	found, err := d.resolve(ctx, guestPath, d.budget())
+	found, err := d.resolve(ctx, guestPath, d.budget(), follow)
 	if err != nil {
 		return "", nil, err
 	}

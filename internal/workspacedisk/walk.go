@@ -44,7 +44,7 @@ func (d *Disk) WalkContent(ctx context.Context, guestPath string, fn func(e Walk
 		return err
 	}
 	w := walker{d: d, budget: d.budget(), visited: map[fileID]bool{}, fn: fn}
-	dir, err := d.resolve(ctx, guestPath, w.budget)
+	dir, err := d.resolve(ctx, guestPath, w.budget, false)
 	if err != nil {
 		return err
 	}

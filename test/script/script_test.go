@@ -69,7 +69,7 @@ func TestScripts(t *testing.T) {
 		},
 		Condition: func(cond string) (bool, error) {
 			// [engine:NAME] holds on that engine, [vm] on those with a kernel
-			// of the guest's own. The others are in project_test.go and image_test.go.
+			// of the guest's own, [root] where root runs the test. The others are in project_test.go and image_test.go.
 			if name, ok := strings.CutPrefix(cond, "project:"); ok {
 				return hasProject(name)
 			}
@@ -78,6 +78,9 @@ func TestScripts(t *testing.T) {
 			}
 			if name, ok := strings.CutPrefix(cond, "engine:"); ok {
 				return name == engine, nil
+			}
+			if cond == "root" {
+				return os.Geteuid() == 0, nil
 			}
 			if cond == "busybox" {
 				return hasBusybox()
