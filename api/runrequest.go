@@ -13,6 +13,16 @@ const (
 	DefaultTTL       = 600 * time.Second
 )
 
+// The most that a guest may be asked to have.
+const (
+	// MaxVCPUCount is what QEMU's q35 takes without further devices.
+	MaxVCPUCount = 64
+	// MaxMemMiB and MaxDiskMiB are 8 TiB: half of the largest file that ext4, below
+	// most state directories, can hold.
+	MaxMemMiB  = 8 << 20
+	MaxDiskMiB = 8 << 20
+)
+
 // A RunRequest asks for one command in a fresh guest.
 type RunRequest struct {
 	Environment string

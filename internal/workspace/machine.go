@@ -46,14 +46,15 @@ func (s machineSize) fill() error {
 	for _, n := range []struct {
 		field        *int
 		fallback     int
+		most         int
 		what, remedy string
 	}{
-		{s.vcpus, api.DefaultVCPUCount, "virtual processors", "--vcpu-count"},
-		{s.memMiB, api.DefaultMemMiB, "MiB of memory", "--mem-mib"},
-		{s.diskMiB, 0, "MiB of disk", "--disk-mib"},
+		{s.vcpus, api.DefaultVCPUCount, api.MaxVCPUCount, "virtual processors", "--vcpu-count"},
+		{s.memMiB, api.DefaultMemMiB, api.MaxMemMiB, "MiB of memory", "--mem-mib"},
+		{s.diskMiB, 0, api.MaxDiskMiB, "MiB of disk", "--disk-mib"},
 	} {
-		if *n.field < 0 {
-			return api.WithHint(api.Errorf(api.ErrInvalid, "%d %s asked for", *n.field, n.what), "give %s a positive number", n.remedy)
+		if *n.field < 0 || *n.field > n.most {
+			return api.WithHint(api.Errorf(api.ErrInvalid, "%d %s asked for", *n.field, n.what), "give %s a number from 1 to %d", n.remedy, n.most)
 		}
 		if *n.field == 0 {
 			*n.field = n.fallback

@@ -26,9 +26,6 @@ import (
 // come up and leave a workload something to use.
 const MinMemMiB = 128
 
-// MaxVCPUs bounds --vcpu-count; q35 without further devices takes this many.
-const MaxVCPUs = 64
-
 // qmpTimeout bounds how long QEMU takes from exec to its first answer. Measured
 // 50 ms; the rest is for a host under load.
 const qmpTimeout = 30 * time.Second
@@ -151,8 +148,8 @@ func (e *Engine) launch(ctx context.Context, spec engine.MachineSpec, accel stri
 }
 
 func check(spec engine.MachineSpec) error {
-	if spec.VCPUCount < 1 || spec.VCPUCount > MaxVCPUs {
-		return api.WithHint(api.Errorf(api.ErrInvalid, "%d virtual processors asked for, and a machine has 1 to %d", spec.VCPUCount, MaxVCPUs),
+	if spec.VCPUCount < 1 || spec.VCPUCount > api.MaxVCPUCount {
+		return api.WithHint(api.Errorf(api.ErrInvalid, "%d virtual processors asked for, and a machine has 1 to %d", spec.VCPUCount, api.MaxVCPUCount),
 			"change --vcpu-count")
 	}
 	if spec.MemMiB < MinMemMiB {
