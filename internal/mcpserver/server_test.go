@@ -221,7 +221,7 @@ func (s *session) messages() []string {
 // wait waits until ok, for something that another process does.
 func wait(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !ok(); {
+	for deadline := time.Now().Add(time.Minute); !ok(); {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s has not come", what)
 		}
