@@ -15,16 +15,27 @@ var (
 	WithoutCredentials = withoutCredentials
 )
 
-// Arguments checks a call's arguments as a server with every tool does.
-func Arguments(tool string, raw []byte) ([]byte, error) {
+// everything is a server with the full profile's parameters of some tools.
+func everything(tools ...string) *Server {
 	s := &Server{profile: profiles()[2], environment: DefaultEnvironment, log: slog.New(slog.DiscardHandler), project: &project{}}
 	s.paths = &hostPaths{project: s.project}
-	o, err := s.offer(findTool(tool), false)
-	if err != nil {
-		panic(err)
+	for _, tool := range tools {
+		o, err := s.offer(findTool(tool), false)
+		if err != nil {
+			panic(err)
+		}
+		s.offered = append(s.offered, o)
 	}
-	return o.arguments(json.RawMessage(raw))
+	return s
 }
+
+// Arguments checks a call's arguments as a server with every tool does.
+func Arguments(tool string, raw []byte) ([]byte, error) {
+	return everything(tool).offered[0].arguments(json.RawMessage(raw))
+}
+
+// ForModel is what a server with these tools makes of a hint.
+func ForModel(hint string, tools ...string) string { return everything(tools...).forModel(hint) }
 
 // Cut puts text through a capture in pieces of n bytes.
 func Cut(text []byte, n int) (out string, lines []string) {

@@ -121,7 +121,7 @@ func (s *Server) handle(o *offered) mcp.ToolHandler {
 	return func(ctx context.Context, req *mcp.CallToolRequest) (*mcp.CallToolResult, error) {
 		arguments, err := o.arguments(req.Params.Arguments)
 		if err != nil {
-			return failure(fmt.Errorf("calling %s: %w", o.name, err)), nil
+			return s.failure(fmt.Errorf("calling %s: %w", o.name, err)), nil
 		}
 		ctx, end := s.begin(ctx)
 		defer end()
@@ -130,11 +130,11 @@ func (s *Server) handle(o *offered) mcp.ToolHandler {
 		c.progress.close()
 		if err != nil {
 			s.log.Info("tool failed", "tool", o.name, "error", err)
-			return failure(err), nil
+			return s.failure(err), nil
 		}
 		text, err := encode(result)
 		if err != nil {
-			return failure(fmt.Errorf("writing the result of %s: %w", o.name, err)), nil
+			return s.failure(fmt.Errorf("writing the result of %s: %w", o.name, err)), nil
 		}
 		return &mcp.CallToolResult{
 			StructuredContent: json.RawMessage(text),
@@ -209,9 +209,9 @@ func (o *offered) unknown(name string) error {
 
 // failure is a tool result that carries an error. It has no structured content:
 // clients hold that against the output schema, of which an error is none.
-func failure(err error) *mcp.CallToolResult {
+func (s *Server) failure(err error) *mcp.CallToolResult {
 	w := api.ToWire(err)
-	w.Message, w.Hint = clean(w.Message), clean(w.Hint)
+	w.Message, w.Hint = clean(w.Message), clean(s.forModel(w.Hint))
 	text, encodeErr := encode(map[string]any{"error": w})
 	if encodeErr != nil {
 		text = []byte(`{"error":{"code":"internal","message":"the error cannot be written as JSON"}}`)

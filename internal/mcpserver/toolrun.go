@@ -31,8 +31,8 @@ type runInput struct {
 	Command         string            `json:"command" maxlen:"1048576" jsonschema:"shell command, run by sh -c"`
 	Environment     string            `json:"environment" maxlen:"256" jsonschema:"image to run in"`
 	TimeoutSeconds  float64           `json:"timeout_seconds,omitempty" default:"30" min:"0" max:"1000000000" jsonschema:"limit for the command; 0 for none"`
-	VCPUCount       int               `json:"vcpu_count,omitempty" default:"1" min:"1" max:"1024" jsonschema:"virtual processors"`
-	MemMiB          int               `json:"mem_mib,omitempty" default:"1024" min:"1" max:"16777216" jsonschema:"memory in MiB"`
+	VCPUCount       int               `json:"vcpu_count,omitempty" default:"1" min:"1" max:"64" jsonschema:"virtual processors"`
+	MemMiB          int               `json:"mem_mib,omitempty" default:"1024" min:"1" max:"8388608" jsonschema:"memory in MiB"`
 	TTLSeconds      float64           `json:"ttl_seconds,omitempty" default:"600" min:"0" max:"1000000000" jsonschema:"limit for the guest; 0 for none"`
 	DiskMiB         int               `json:"disk_mib,omitempty" min:"1" max:"1073741824" jsonschema:"disk in MiB; the environment's own if left out"`
 	Env             map[string]string `json:"env,omitempty" jsonschema:"environment variables"`

@@ -20,8 +20,8 @@ type createInput struct {
 	Empty           bool              `json:"empty,omitempty" jsonschema:"begin without any files"`
 	Name            string            `json:"name,omitempty" maxlen:"256" jsonschema:"name to call it by"`
 	Labels          map[string]string `json:"labels,omitempty" jsonschema:"key-value pairs to find it by"`
-	VCPUCount       int               `json:"vcpu_count,omitempty" default:"1" min:"1" max:"1024" jsonschema:"virtual processors"`
-	MemMiB          int               `json:"mem_mib,omitempty" default:"1024" min:"1" max:"16777216" jsonschema:"memory in MiB"`
+	VCPUCount       int               `json:"vcpu_count,omitempty" default:"1" min:"1" max:"64" jsonschema:"virtual processors"`
+	MemMiB          int               `json:"mem_mib,omitempty" default:"1024" min:"1" max:"8388608" jsonschema:"memory in MiB"`
 	DiskMiB         int               `json:"disk_mib,omitempty" min:"1" max:"1073741824" jsonschema:"disk in MiB; the environment's own if left out"`
 	TTLSeconds      float64           `json:"ttl_seconds,omitempty" default:"600" min:"0" max:"1000000000" jsonschema:"seconds until it deletes itself; 0 for never"`
 	NetworkPolicy   string            `json:"network_policy,omitempty" default:"off" enum:"off|egress|egress+published-ports" jsonschema:"what it reaches of the network"`
