@@ -153,9 +153,17 @@ func (h *held) start(ctx context.Context, progress func(api.Progress)) (err erro
 		return err
 	}
 	failpoint.Hit("start/started")
-	err = p.Keep(ctx)
+	err = h.keep(ctx, p)
 	failpoint.Hit("start/kept")
 	return err
+}
+
+// keep lets the machine outlive this process, or says why it has ended already.
+func (h *held) keep(ctx context.Context, p *supervisor.Process) error {
+	if err := p.Keep(ctx); err != nil {
+		return h.m.whyBroken(ctx, h.Workspace, p.Client, err)
+	}
+	return nil
 }
 
 // giveUp records that the workspace could not be started.

@@ -101,7 +101,8 @@ func (h *held) snapshot(ctx context.Context, req api.SnapshotRequest) (*api.Snap
 			}
 			memory = newMemory()
 		}
-		err = h.freeze(ctx, memory, supervisor.NewClient(h.machine()).Snapshot, keep)
+		sup := supervisor.NewClient(h.machine())
+		err = h.m.whyBroken(ctx, h.Workspace, sup, h.freeze(ctx, memory, sup.Snapshot, keep))
 	case api.StateStopped:
 		if req.Memory {
 			return nil, api.WithHint(api.Errorf(api.ErrState, "the workspace is stopped: it has no memory to save"), "pyro workspace start %s, or leave --memory out", refOf(h.Workspace))
@@ -334,7 +335,7 @@ func (h *held) reset(ctx context.Context, name string, progress func(api.Progres
 		return err
 	}
 	failpoint.Hit("reset/switched")
-	if err := p.Keep(ctx); err != nil {
+	if err := h.keep(ctx, p); err != nil {
 		return err
 	}
 	failpoint.Hit("reset/kept")
