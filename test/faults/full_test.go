@@ -76,7 +76,8 @@ func TestHostDiskFull(t *testing.T) {
 	l.env = append(l.env, "PYRO_STATE_DIR="+l.state)
 	t.Cleanup(l.end)
 	l.create("w")
-	l.exec("w", "echo acknowledged > kept; sync")
+	// More than pyro gives up where the disk is full.
+	l.exec("w", "yes | head -c 16777216 > great; echo acknowledged > kept; sync")
 	l.ok("workspace", "snapshot", "create", "w", "first")
 	l.create("stopped")
 	l.exec("stopped", "echo acknowledged > kept; sync")
@@ -94,7 +95,11 @@ func TestHostDiskFull(t *testing.T) {
 		}
 		if left == 0 {
 			out := filepath.Join(disk, "out")
-			l.refused("exhausted", "workspace", "export", "w", "seeded", "--output", out)
+			// The machine may have ended for want of room.
+			res := l.run("workspace", "export", "w", "great", "--output", out, "--json")
+			if res.code == 0 || errorCode(res) != "exhausted" && !strings.Contains(res.stderr, "disk is full") {
+				t.Errorf("an export without room: %s", res)
+			}
 			if found, _ := filepath.Glob(filepath.Join(disk, "*out*")); len(found) > 0 {
 				t.Errorf("an export without room left %q", found)
 			}
@@ -102,10 +107,7 @@ func TestHostDiskFull(t *testing.T) {
 				t.Errorf("an export without room left %q", found)
 			}
 		}
-		// Looking works, but where SQLite finds no room for its index of the log.
-		if res := l.run("workspace", "list", "--json"); res.code != 0 && (left > 0 || errorCode(res) != "exhausted") {
-			t.Errorf("listing on a full disk: %s", res)
-		}
+		l.ok("workspace", "list")
 		if left == 0 {
 			// A journal that cannot be written is said so, not a lost command.
 			res := l.run("workspace", "exec", "w", "--json", "--", "cat seeded")
