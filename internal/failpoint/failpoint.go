@@ -8,5 +8,5 @@ package failpoint
 
 // Variable is the environment variable that arms one failpoint: NAME kills the
 // process that comes there, as kill -9 does; NAME=stop halts it as SIGSTOP does,
-// until somebody sends SIGCONT.
+// the first time that it comes there, until somebody sends SIGCONT.
 const Variable = "PYRO_FAILPOINT"

@@ -5,9 +5,13 @@ package failpoint
 import (
 	"os"
 	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
+
+// halted says that the failpoint has halted this process.
+var halted atomic.Bool
 
 // Hit is where the failpoint of that name is.
 func Hit(name string) {
@@ -17,6 +21,9 @@ func Hit(name string) {
 	}
 	sig := unix.SIGKILL
 	if action == "stop" {
+		if halted.Swap(true) {
+			return
+		}
 		sig = unix.SIGSTOP
 	}
 	// The signal reaches this process before the call returns.

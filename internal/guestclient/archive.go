@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/guestproto"
 )
 
@@ -36,6 +37,7 @@ func sendData(r io.Reader) func(*link) error {
 				if err := guestproto.WriteFrame(l.conn, guestproto.FrameData, buf[:n]); err != nil {
 					return err
 				}
+				failpoint.Hit("upload/sent")
 			}
 			if errors.Is(err, io.EOF) {
 				return guestproto.WriteFrame(l.conn, guestproto.FrameDataEnd, nil)
@@ -197,6 +199,7 @@ func (c *Client) receiveFrames(l *link, w io.Writer) (guestproto.ExportHeader, e
 		if total += int64(len(p)); total > c.opts.MaxArchive {
 			return api.Errorf(api.ErrExhausted, "the guest's archive is longer than the limit of %d bytes", c.opts.MaxArchive)
 		}
+		defer failpoint.Hit("download/received")
 		return pace.write(w, p)
 	}, &result, "archive_size", "entry_count", "bytes_written")
 	if err != nil {

@@ -215,7 +215,7 @@ var crashes = map[string]crash{
 		after:   memoryKept,
 	},
 	"export": {
-		points: []string{"export"},
+		points: []string{"export", "download"},
 		args: func(l *lab) []string {
 			return []string{"workspace", "export", "w", "/workspace", "--output", filepath.Join(l.dir, "out")}
 		},
@@ -237,7 +237,7 @@ var crashes = map[string]crash{
 		},
 	},
 	"sync": {
-		points: []string{"sync"},
+		points: []string{"sync", "upload"},
 		args: func(l *lab) []string {
 			return []string{"workspace", "sync", "push", "w", filepath.Join(l.dir, "seed"), "--dest", "/workspace/pushed"}
 		},

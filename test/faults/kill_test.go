@@ -1,17 +1,20 @@
 package faults_test
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 )
 
@@ -28,73 +31,173 @@ func (l *lab) victims(name string) map[string]hostproc.Identity {
 	return out
 }
 
-// activities are what a machine may be doing when one of its processes is killed.
-// Each starts a command and returns when that has begun; nil means idle.
-var activities = map[string]func(l *lab) *exec.Cmd{
-	"idle": func(*lab) *exec.Cmd { return nil },
-	"exec": func(l *lab) *exec.Cmd {
-		cmd := l.command("workspace", "exec", "w", "--timeout-seconds", "600", "--", "echo begun; sleep 776655")
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			l.Fatal(err)
-		}
-		l.begin(cmd)
-		if _, err := io.ReadFull(out, make([]byte, len("begun\n"))); err != nil {
-			l.Fatalf("the command did not begin: %v", err)
-		}
-		return cmd
+// An activity is what a machine may be doing when one of its processes is killed.
+// The zero activity is none.
+type activity struct {
+	// point is where the command args, or the supervisor if supervised is set,
+	// is halted, so that it is in the middle of its work.
+	point      string
+	supervised bool
+	// memory says that the engine must be able to save a machine's memory.
+	memory bool
+	args   func(l *lab) []string
+	// begun looks from another command whether the guest is in the middle of it,
+	// too.
+	begun func(l *lab) bool
+	// done sees what has become of the workspace, with whether the command says
+	// that it has done its work.
+	done func(l *lab, ok bool)
+}
+
+var activities = map[string]activity{
+	"idle": {},
+	"exec": {
+		args: func(*lab) []string {
+			return []string{"workspace", "exec", "w", "--timeout-seconds", "600", "--", "echo begun; sleep 776655"}
+		},
+		done: mustFail,
 	},
-	"sync": func(l *lab) *exec.Cmd {
-		// A pipe in the place of an archive: the sync lasts as long as we like.
-		fifo := filepath.Join(l.dir, "fifo")
-		_ = os.Remove(fifo)
-		cmd := l.command("workspace", "sync", "push", "w", l.bigTree(), "--dest", "/workspace/pushed")
-		l.begin(cmd)
-		l.eventually(within(30*time.Second), "the sync is in the guest", func() bool {
-			res := l.run("workspace", "exec", "w", "--quiet", "--", "ls -A /workspace | grep -v -e kept -e seeded -e sub")
-			return res.code == 0 || processEnded(cmd)
-		})
-		return cmd
+	"sync": {
+		point: "upload/sent",
+		args: func(l *lab) []string {
+			return []string{"workspace", "sync", "push", "w", l.greatTree(), "--dest", "/workspace/pushed"}
+		},
+		begun: func(l *lab) bool { return l.exec("w", listStages) != "" },
+		done: func(l *lab, ok bool) {
+			mustFail(l, ok)
+			if got := l.exec("w", "ls -A; "+listStages); got != "kept\nseeded\nsub\n" {
+				l.Errorf("left in the workspace: %q", got)
+			}
+		},
 	},
-	"export": func(l *lab) *exec.Cmd {
-		cmd := l.command("workspace", "export", "w", "/workspace", "--output", filepath.Join(l.dir, "out"))
-		l.begin(cmd)
-		l.eventually(within(30*time.Second), "the export has begun", func() bool {
-			stages, _ := filepath.Glob(filepath.Join(l.dir, ".pyro-export-*", "tree", "*"))
-			return len(stages) > 0 || processEnded(cmd)
-		})
-		return cmd
+	"export": {
+		point: "download/received",
+		args: func(l *lab) []string {
+			l.exec("w", "yes | head -c 16777216 > great; sync")
+			return []string{"workspace", "export", "w", "/workspace", "--output", filepath.Join(l.dir, "out")}
+		},
+		// One who takes nothing more holds up nobody else.
+		begun: func(l *lab) bool { return l.exec("w", "echo answered") == "answered\n" },
+		done: func(l *lab, ok bool) {
+			mustFail(l, ok)
+			for _, pattern := range []string{".pyro-export-*", "out"} {
+				if left := mustGlob(l, pattern); len(left) > 0 {
+					l.Errorf("a broken export left %q", left)
+				}
+			}
+		},
+	},
+	"snapshot": {
+		point: "supervise-snapshot/flushed", supervised: true,
+		args: func(*lab) []string { return []string{"workspace", "snapshot", "create", "w", "during"} },
+		done: snapshotOrNot,
+	},
+	"snapshot with memory": {
+		point: "supervise-save/still", supervised: true, memory: true,
+		args: func(*lab) []string { return []string{"workspace", "snapshot", "create", "w", "during", "--memory"} },
+		done: snapshotOrNot,
+	},
+	"reset": {
+		point: "reset/booted",
+		args:  func(*lab) []string { return []string{"workspace", "reset", "w"} },
+		done: func(l *lab, ok bool) {
+			if got := l.exec("w", "ls -A; cat kept 2>/dev/null || true"); got != "seeded\nsub\n" && (ok || got != "kept\nseeded\nsub\nacknowledged\n") {
+				l.Errorf("a reset that ended in success (%v) left %q", ok, got)
+			}
+			l.exec("w", "echo acknowledged > kept; sync")
+		},
 	},
 }
 
-// begin starts cmd, and ends it with the test.
-func (l *lab) begin(cmd *exec.Cmd) {
+// listStages lists the directories in which the guest gathers a sync.
+const listStages = "ls -d .pyro-stage-* ../.pyro-stage-* 2>/dev/null || true"
+
+func mustFail(l *lab, ok bool) {
 	l.Helper()
-	var stderr strings.Builder
-	cmd.Stderr = &stderr
+	if ok {
+		l.Error("the command says that it has done its work")
+	}
+	kept(l)
+}
+
+// snapshotOrNot checks that there is a snapshot that works, or none.
+func snapshotOrNot(l *lab, ok bool) {
+	l.Helper()
+	kept(l)
+	var list struct{ Snapshots []api.Snapshot }
+	l.json(&list, "workspace", "snapshot", "list", "w", "--json")
+	made := slices.ContainsFunc(list.Snapshots, func(s api.Snapshot) bool { return s.SnapshotName == "during" })
+	if ok && !made {
+		l.Error("the command says that it has made a snapshot, and there is none")
+	}
+	if !made {
+		return
+	}
+	l.ok("workspace", "reset", "w", "--snapshot", "during")
+	kept(l)
+	l.ok("workspace", "reset", "w")
+	l.exec("w", "echo acknowledged > kept; sync")
+	l.ok("workspace", "snapshot", "delete", "w", "during")
+}
+
+// begin starts the activity's command and returns when it is in the middle of
+// its work. goOn lets what was halted go on, if it is still there.
+func (l *lab) begin(a activity) (cmd *exec.Cmd, stderr *bytes.Buffer, goOn func()) {
+	l.Helper()
+	var armed []string
+	if a.point != "" {
+		armed = []string{failpoint.Variable + "=" + a.point + "=stop"}
+	}
+	if a.supervised {
+		l.ok("workspace", "stop", "w")
+		if res := l.runEnv(armed, "workspace", "start", "w"); res.code != 0 {
+			l.Fatal(res)
+		}
+		armed = nil
+	}
+	stderr = new(bytes.Buffer)
+	cmd = l.command(a.args(l)...)
+	cmd.Env = append(cmd.Env[:len(cmd.Env):len(cmd.Env)], armed...)
+	cmd.Stderr = stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		l.Fatal(err)
+	}
 	if err := cmd.Start(); err != nil {
 		l.Fatal(err)
 	}
 	l.Cleanup(func() { _ = cmd.Process.Kill() })
-}
-
-// processEnded looks whether a command has ended, without reaping it.
-func processEnded(cmd *exec.Cmd) bool {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", cmd.Process.Pid))
-	return err != nil || strings.Contains(string(b), ") Z ")
-}
-
-// bigTree makes a directory that takes a moment to copy.
-func (l *lab) bigTree() string {
-	l.Helper()
-	dir := filepath.Join(l.dir, "big")
-	if _, err := os.Stat(dir); err == nil {
-		return dir
+	if a.point == "" {
+		if _, err := io.ReadFull(out, make([]byte, len("begun\n"))); err != nil {
+			l.Fatalf("the command did not begin: %v", err)
+		}
+		return cmd, stderr, func() {}
 	}
-	if err := os.Mkdir(dir, 0o755); err != nil {
+	at, err := hostproc.Identify(cmd.Process.Pid)
+	if err != nil {
 		l.Fatal(err)
 	}
-	for i := range 200 {
+	if a.supervised {
+		at = l.supervisorOf("w")
+	}
+	goOn = func() { _ = at.Kill(syscall.SIGCONT) } // it may be what was killed
+	l.Cleanup(goOn)
+	l.untilHalted(at)
+	if a.begun != nil {
+		l.eventually(within(30*time.Second), "the guest is in the middle of it", func() bool { return a.begun(l) })
+	}
+	return cmd, stderr, goOn
+}
+
+// greatTree makes a directory that is more than all the buffers between a command
+// and a guest take.
+func (l *lab) greatTree() string {
+	l.Helper()
+	dir := filepath.Join(l.dir, "great")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		l.Fatal(err)
+	}
+	for i := range 16 {
 		if err := os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), make([]byte, 1<<20), 0o644); err != nil {
 			l.Fatal(err)
 		}
@@ -104,78 +207,72 @@ func (l *lab) bigTree() string {
 
 // TestKill kills each process of a machine, whatever the machine is doing.
 func TestKill(t *testing.T) {
-	for activity, begin := range activities {
-		t.Run(activity, func(t *testing.T) {
+	for name, a := range activities {
+		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			l := newLab(t)
+			if a.memory {
+				l.needMemory()
+			}
 			l.create("w")
 			l.exec("w", "echo acknowledged > kept; sync")
-			if activity == "export" {
-				l.exec("w", "dd if=/dev/zero of=big bs=1M count=200 2>/dev/null; sync")
-			}
-			for name := range l.victims("w") {
-				t.Run(strings.ReplaceAll(name, " ", "-"), func(t *testing.T) {
+			for victim := range l.victims("w") {
+				t.Run(strings.ReplaceAll(victim, " ", "-"), func(t *testing.T) {
 					here := *l
 					here.T = t
-					here.killDuring(activity, begin, name)
+					here.killDuring(a, victim)
 				})
 			}
 		})
 	}
 }
 
-func (l *lab) killDuring(activity string, begin func(*lab) *exec.Cmd, victim string) {
+func (l *lab) killDuring(a activity, victim string) {
+	var cmd *exec.Cmd
+	var stderr *bytes.Buffer
+	goOn := func() {}
+	if a.args != nil {
+		cmd, stderr, goOn = l.begin(a)
+	}
 	id, ok := l.victims("w")[victim]
 	if !ok {
 		l.Skip("this run of the machine has no such process")
 	}
-	cmd := begin(l)
-	killed := time.Now()
 	if err := id.Kill(syscall.SIGKILL); err != nil {
 		l.Fatal(err)
 	}
+	killed := time.Now()
+	goOn()
 	if cmd != nil {
 		done := make(chan error, 1)
 		go func() { done <- cmd.Wait() }()
 		select {
 		case err := <-done:
-			took := time.Since(killed)
-			stderr := cmd.Stderr.(*strings.Builder).String()
-			if took > within(3*time.Second) {
-				l.Errorf("%s: the command took %v to notice", activity, took)
+			if took := time.Since(killed); took > within(3*time.Second) {
+				l.Errorf("the command took %v to notice", took)
 			}
-			if activity == "exec" && (err == nil || cmd.ProcessState.ExitCode() != 125 || !strings.Contains(stderr, "stopped meanwhile: ") || !strings.Contains(stderr, "hint:")) {
-				l.Errorf("%s: %v, %q", activity, err, stderr)
+			if said := stderr.String(); err != nil && (!strings.Contains(said, "stopped meanwhile: ") || !strings.Contains(said, "hint:")) {
+				l.Errorf("%v, %q", err, said)
 			}
 		case <-time.After(within(30 * time.Second)):
-			l.Fatalf("%s does not end", activity)
+			l.Fatal("the command does not end")
 		}
 	}
 	l.eventually(within(5*time.Second), "the workspace is stopped", func() bool { return l.status("w").State == api.StateStopped })
 	if ws := l.status("w"); ws.LastError == nil || *ws.LastError == "" {
 		l.Errorf("nothing says why the workspace is stopped: %+v", ws)
 	}
-	for _, pattern := range []string{".pyro-export-*", "out"} {
-		if left, _ := filepath.Glob(filepath.Join(l.dir, pattern)); len(left) > 0 && activity == "export" && cmd.ProcessState.ExitCode() != 0 {
-			l.Errorf("a broken export left %q", left)
-		}
-	}
-	os.RemoveAll(filepath.Join(l.dir, "out"))
 	l.check()
-	kept(l)
-	if got := l.exec("w", "ls -A | grep -v -e kept -e seeded -e sub -e big -e pushed || true"); got != "" {
-		l.Errorf("left in the workspace: %q", got)
-	}
-	if activity == "sync" {
-		if got := l.exec("w", "ls pushed 2>/dev/null | wc -l"); got != "0\n" && got != "200\n" {
-			l.Errorf("half a sync appeared: %s files", got)
-		}
-		l.exec("w", "rm -rf pushed")
+	mustStart(l)
+	if a.done != nil {
+		a.done(l, cmd.ProcessState.Success())
+	} else {
+		kept(l)
 	}
 	l.check()
 }
 
-// TestStop stops machines that do not answer.
+// TestStopFrozen stops machines that do not answer.
 func TestStopFrozen(t *testing.T) {
 	thoroughOnly(t)
 	l := newLab(t)

@@ -366,3 +366,15 @@ func (l *lab) eventually(limit time.Duration, what string, happened func() bool)
 		}
 	}
 }
+
+// untilHalted waits until a process has come to the failpoint that halts it.
+func (l *lab) untilHalted(id hostproc.Identity) {
+	l.Helper()
+	l.eventually(within(30*time.Second), "the process halts", func() bool {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", id.PID))
+		if err != nil || bytes.Contains(b, []byte(") Z ")) {
+			l.Fatal("the process ended before the failpoint that halts it")
+		}
+		return bytes.Contains(b, []byte(") T "))
+	})
+}

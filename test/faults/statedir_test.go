@@ -2,7 +2,6 @@ package faults_test
 
 import (
 	"bytes"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pyro-mcp/pyro/api"
+	"github.com/pyro-mcp/pyro/internal/failpoint"
+	"github.com/pyro-mcp/pyro/internal/hostproc"
 	"github.com/pyro-mcp/pyro/internal/testenv"
 )
 
@@ -189,15 +190,16 @@ func TestLocked(t *testing.T) {
 	l := newLab(t)
 	l.create("w")
 	cmd := l.command("workspace", "stop", "w")
-	cmd.Env = append(cmd.Env, "PYRO_FAILPOINT=stop/gone=stop")
+	cmd.Env = append(cmd.Env, failpoint.Variable+"=stop/gone=stop")
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	l.eventually(within(20*time.Second), "the command halts", func() bool {
-		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", cmd.Process.Pid))
-		return bytes.Contains(b, []byte(") T "))
-	})
+	at, err := hostproc.Identify(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.untilHalted(at)
 	var wg sync.WaitGroup
 	for _, args := range [][]string{{"workspace", "start", "w"}, {"workspace", "delete", "w"}, {"workspace", "reset", "w"}, {"workspace", "update", "w", "--label", "a=b"}} {
 		wg.Go(func() {
