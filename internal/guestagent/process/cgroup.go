@@ -66,8 +66,9 @@ const execPrefix = "exec-"
 
 // NewWorkload makes the workload's group below the cgroup2 file system at
 // mount. memoryMax in bytes and pidsMax bound all commands together; 0 means no
-// bound. One command alone gets three quarters of the pids, so that a fork bomb
-// leaves room for the command that looks into it.
+// bound. One command alone gets three quarters of the pids, and as much of the
+// processors as any other command that wants them, so that a fork bomb leaves room
+// and time for the command that looks into it.
 //
 // A controller that the kernel lacks is not an error; its bound is then absent
 // and named in missing.
@@ -96,6 +97,7 @@ func NewWorkload(mount string, memoryMax, pidsMax int64) (w *Workload, missing [
 			return nil, nil, fmt.Errorf("limiting the workload's memory: %w", err)
 		}
 	}
+	enable("cpu") // the kernel shares it out among groups by itself
 	w = &Workload{dir: dir}
 	if enable("pids") {
 		if err := limit("pids.max", pidsMax); err != nil {
