@@ -2,6 +2,8 @@ package faults_test
 
 import (
 	"context"
+	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"syscall"
@@ -47,6 +49,70 @@ func TestClockJumps(t *testing.T) {
 			here.ok("workspace", "delete", "lasting")
 		})
 	}
+}
+
+// TestSuspend halts everything of a machine and a command in it for a while, as a
+// host that sleeps does. Both go on, the guest's clock is right, and what was to
+// end meanwhile ends.
+func TestSuspend(t *testing.T) {
+	thoroughOnly(t)
+	l := newLab(t)
+	l.create("w")
+	l.exec("w", "echo acknowledged > kept; sync")
+	l.ok("workspace", "update", "w", "--ttl-seconds", "3600")
+	l.create("ending")
+	cmd := l.command("workspace", "exec", "w", "--stdin", "--quiet", "--timeout-seconds", "600", "--", "echo begun; read line; echo $line")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill() })
+	if _, err := io.ReadFull(out, make([]byte, len("begun\n"))); err != nil {
+		t.Fatalf("the command did not begin: %v", err)
+	}
+	caller, err := hostproc.Identify(cmd.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	halted := []hostproc.Identity{caller}
+	for _, name := range []string{"w", "ending", "bystander"} {
+		_, rec := l.machineOf(name)
+		halted = append(append(halted, *rec.Supervisor), rec.Processes...)
+	}
+	const asleep = 5 * time.Second
+	l.ok("workspace", "update", "ending", "--ttl-seconds", fmt.Sprint(asleep.Seconds()))
+	for _, id := range halted {
+		_ = id.Kill(syscall.SIGSTOP) // not every one has to live
+	}
+	time.Sleep(asleep)
+	for _, id := range halted {
+		_ = id.Kill(syscall.SIGCONT)
+	}
+	from := time.Now()
+	var guest int64
+	if _, err := fmt.Sscan(l.exec("w", "date +%s"), &guest); err != nil {
+		t.Fatal(err)
+	}
+	if clock, to := time.Unix(guest, 0), time.Now(); clock.Before(from.Add(-5*time.Second)) || clock.After(to.Add(5*time.Second)) {
+		t.Errorf("between %v and %v the guest's clock says %v", from, to, clock)
+	}
+	if _, err := io.WriteString(in, "went on\n"); err != nil {
+		t.Error(err)
+	}
+	rest, _ := io.ReadAll(out)
+	if err := cmd.Wait(); err != nil || string(rest) != "went on\n" {
+		t.Errorf("the command that was halted: %v, %q", err, rest)
+	}
+	l.eventually(within(20*time.Second), "the other one's time is over", func() bool { return l.status("ending") == nil })
+	l.checkKept("w", "acknowledged\n")
+	l.check()
 }
 
 // TestReboot makes what a host finds after a reboot: no process, no socket,

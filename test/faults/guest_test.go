@@ -1,6 +1,8 @@
 package faults_test
 
 import (
+	"encoding/json"
+	"io"
 	"strings"
 	"testing"
 	"time"
@@ -67,24 +69,64 @@ func TestGuestExhausted(t *testing.T) {
 	l.create("w")
 	l.exec("w", "echo acknowledged > kept; sync")
 	before := l.supervisorOf("w")
-	for _, tt := range []struct{ name, script string }{
-		{"memory", "python3 -c 'x=[]\nwhile True: x.append(bytearray(16<<20))'"},
-		{"processes", "python3 -c '\nimport os\nwhile True:\n  try: os.fork()\n  except OSError: pass'"},
-		{"disk", "dd if=/dev/urandom of=filler bs=1M 2>/dev/null; rm filler"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
+	survived := func(l *lab) {
+		l.Helper()
+		if res := l.run("workspace", "exec", "w", "--quiet", "--", "cat kept"); res.stdout != "acknowledged\n" || res.took > within(5*time.Second) {
+			l.Errorf("the next command: %s", res)
+		}
+		if now := l.supervisorOf("w"); now != before {
+			l.Error("the machine is another one")
+		}
+		l.check()
+	}
+	t.Run("memory", func(t *testing.T) {
+		here := *l
+		here.T = t
+		var res api.ExecResult
+		out := here.run("workspace", "exec", "w", "--json", "--timeout-seconds", "600", "--", "exec python3 -c 'x=[]\nwhile True: x.append(bytearray(16<<20))'")
+		if err := json.Unmarshal([]byte(out.stdout), &res); err != nil || res.ExitCode != 137 || !res.OOMKilled {
+			t.Errorf("a command that takes all memory: %v, %s", err, out)
+		}
+		survived(&here)
+	})
+	t.Run("disk", func(t *testing.T) {
+		here := *l
+		here.T = t
+		res := here.run("workspace", "exec", "w", "--timeout-seconds", "20", "--", "dd if=/dev/urandom of=filler bs=1M 2>/dev/null; rm filler")
+		if res.code == 125 {
+			t.Errorf("the machine did not survive: %s", res)
+		}
+		survived(&here)
+	})
+	for _, user := range []string{"nobody", "root"} {
+		t.Run("processes of "+user, func(t *testing.T) {
 			here := *l
 			here.T = t
-			res := here.run("workspace", "exec", "w", "--timeout-seconds", "20", "--", tt.script)
-			if res.code == 125 {
-				t.Errorf("the machine did not survive: %s", res)
+			mustStart(&here)
+			before = here.supervisorOf("w")
+			cmd := here.command("workspace", "exec", "w", "--user", user, "--quiet", "--timeout-seconds", "600", "--", `exec python3 -c '
+import os
+while True:
+  try: os.fork()
+  except OSError: os.write(1, b"full\n")'`)
+			out, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
 			}
-			if res := here.run("workspace", "exec", "w", "--quiet", "--", "cat kept"); res.stdout != "acknowledged\n" || res.took > within(5*time.Second) {
-				t.Errorf("the next command: %s", res)
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
 			}
-			if now := here.supervisorOf("w"); now != before {
-				t.Errorf("the machine is another one")
+			t.Cleanup(func() { _ = cmd.Process.Kill() })
+			if _, err := io.ReadFull(out, make([]byte, len("full\n"))); err != nil {
+				t.Fatalf("the fork bomb never came to its bound: %v", err)
 			}
+			go func() { _, _ = io.Copy(io.Discard, out) }()
+			survived(&here)
+			if res := here.run("workspace", "stop", "w"); res.code != 0 || res.took > within(15*time.Second) {
+				t.Errorf("stopping a machine with a fork bomb: %s", res)
+			}
+			_ = cmd.Wait() // it was ended
+			kept(&here)
 			here.check()
 		})
 	}

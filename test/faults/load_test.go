@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/hostproc"
 )
 
@@ -24,6 +25,20 @@ func openFiles(id hostproc.Identity) int {
 		return -1
 	}
 	return len(fds)
+}
+
+// agentFiles counts what the guest agent of workspace w has open, where it is the
+// guest's first process.
+func agentFiles(l *lab) int {
+	l.Helper()
+	if engineName() == "host" {
+		return 0
+	}
+	var n int
+	if _, err := fmt.Sscan(l.exec("w", "ls /proc/1/fd | wc -l"), &n); err != nil || n == 0 {
+		l.Fatalf("the guest agent has %d files open: %v", n, err)
+	}
+	return n
 }
 
 // memory returns a figure of /proc/PID/status in MiB: VmRSS, VmHWM.
@@ -41,7 +56,7 @@ func TestManyExecs(t *testing.T) {
 	l := newLab(t)
 	l.create("w")
 	sup := l.supervisorOf("w")
-	before := openFiles(sup)
+	before, agent := openFiles(sup), agentFiles(l)
 	commands := 50
 	if engineName() == "qemu" {
 		commands = 10
@@ -68,18 +83,23 @@ func TestManyExecs(t *testing.T) {
 	}
 	wg.Wait()
 	l.eventually(within(10*time.Second), "the supervisor has closed its connections", func() bool { return openFiles(sup) <= before+2 })
+	l.eventually(within(10*time.Second), "the guest agent has closed its files", func() bool { return agentFiles(l) <= agent })
 	if got := memory(sup.PID, "VmHWM"); got > 200 {
 		t.Errorf("the supervisor had %d MiB resident", got)
 	}
 	l.check()
 }
 
+// emulated is the size of a GiB's test on an engine that emulates the processor:
+// still several times what a process may have resident.
+const emulated = 256 << 20
+
 // TestGreatOutput passes a GiB through each process, none of which keeps it.
 func TestGreatOutput(t *testing.T) {
 	thoroughOnly(t)
 	size := int64(1 << 30)
 	if engineName() == "qemu" || !thorough() {
-		size = 64 << 20
+		size = emulated
 	}
 	l := newLab(t)
 	l.create("w")
@@ -117,6 +137,30 @@ func TestGreatOutput(t *testing.T) {
 			t.Errorf("stream %s: the command had %d MiB resident, its supervisor %d", stream, peak, memory(sup.PID, "VmHWM"))
 		}
 	}
+	// A command that never ends, and a caller that has seen enough of it.
+	cmd := l.command("workspace", "exec", "w", "--quiet", "--timeout-seconds", "0", "--", "exec yes 776655")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.CopyN(io.Discard, out, 1<<20); err != nil {
+		t.Errorf("the beginning of what never ends: %v", err)
+	}
+	canceled := time.Now()
+	if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	_, _ = io.Copy(io.Discard, out)
+	_ = cmd.Wait() // interrupted
+	if took := time.Since(canceled); took > within(5*time.Second) {
+		t.Errorf("a command that was canceled ended after %v", took)
+	}
+	l.eventually(within(10*time.Second), "what was canceled has ended in the guest", func() bool {
+		return l.exec("w", "grep -lsaz '^776655$' /proc/[0-9]*/cmdline || true") == ""
+	})
 	// A caller that captures gets the beginning and the end, and all is counted.
 	var res struct {
 		StdoutTruncated bool `json:"stdout_truncated"`
@@ -134,8 +178,11 @@ func TestGreatOutput(t *testing.T) {
 func TestGreatFiles(t *testing.T) {
 	thoroughOnly(t)
 	size := int64(1 << 30)
-	if engineName() != "host" || !thorough() {
+	switch {
+	case !thorough():
 		size = 32 << 20
+	case engineName() == "qemu":
+		size = emulated
 	}
 	l := newLab(t)
 	l.create("w")
@@ -180,6 +227,38 @@ func TestGreatFiles(t *testing.T) {
 	l.check()
 }
 
+// TestTooGreatFiles is refused what is over every cap, before any of it is sent:
+// the file is one great hole.
+func TestTooGreatFiles(t *testing.T) {
+	l := newLab(t)
+	l.create("w")
+	dir := filepath.Join(l.dir, "great")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	const size = 65 << 30
+	f, err := os.Create(filepath.Join(dir, "hole"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Truncate(size); err != nil {
+		t.Fatal(err)
+	}
+	l.refused(api.Code(api.ErrExhausted), "workspace", "sync", "push", "w", dir, "--dest", "/workspace/pushed")
+	l.refused(api.Code(api.ErrExhausted), append(l.createArgs("x"), "--seed-path", dir)...)
+	l.exec("w", fmt.Sprintf("truncate -s %d hole", size))
+	out := filepath.Join(l.dir, "out")
+	l.refused(api.Code(api.ErrExhausted), "workspace", "export", "w", "/workspace", "--output", out)
+	if left := append(mustGlob(l, "out"), mustGlob(l, ".pyro-export-*")...); len(left) > 0 {
+		t.Errorf("an export that was refused left %q", left)
+	}
+	if got := l.exec("w", "ls -A; "+listStages); got != "hole\nseeded\nsub\n" {
+		t.Errorf("a sync that was refused left %q", got)
+	}
+	l.check()
+}
+
 func writeNoise(t *testing.T, path string, size int64) [32]byte {
 	t.Helper()
 	f, err := os.Create(path)
@@ -220,7 +299,7 @@ func TestSoak(t *testing.T) {
 	thoroughOnly(t)
 	rounds := 30
 	if engineName() == "qemu" {
-		rounds = 6
+		rounds = 24
 	}
 	if thorough() && engineName() != "qemu" {
 		rounds = 100

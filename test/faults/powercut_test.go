@@ -31,7 +31,7 @@ func TestPowerCut(t *testing.T) {
 		rounds = 20
 	}
 	if engineName() == "qemu" {
-		rounds = 3
+		rounds = 8
 	}
 	dir, err := os.MkdirTemp("", "pyro-faults-")
 	if err != nil {

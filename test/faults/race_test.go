@@ -19,8 +19,6 @@ import (
 func raceRounds() int {
 	switch {
 	case engineName() == "qemu":
-		return 1
-	case engineName() == "gvisor":
 		return 4
 	case thorough():
 		return 20
@@ -203,8 +201,10 @@ func TestRaceAll(t *testing.T) {
 
 // TestRaceKilled kills commands at random moments while others go on.
 func TestRaceKilled(t *testing.T) {
+	// Half of what the verbs take, so that they are killed in the middle.
+	rounds, latest := 60, 80*time.Millisecond
 	if engineName() == "qemu" {
-		t.Skip("too slow to meet often: the failpoints do it one by one")
+		rounds, latest = 20, time.Second
 	}
 	l := newLab(t)
 	l.create("w")
@@ -213,11 +213,11 @@ func TestRaceKilled(t *testing.T) {
 		{"workspace", "start", "w"}, {"workspace", "stop", "w"}, {"workspace", "reset", "w", "--snapshot", "first"},
 		{"workspace", "snapshot", "create", "w", "more"}, {"workspace", "snapshot", "delete", "w", "more"}, {"workspace", "list"},
 	}
-	for range 60 {
+	for range rounds {
 		var wg sync.WaitGroup
 		for range 3 {
 			args := verbs[rand.IntN(len(verbs))]
-			after := time.Duration(rand.IntN(80)) * time.Millisecond
+			after := rand.N(latest)
 			wg.Go(func() {
 				cmd := l.command(args...)
 				if err := cmd.Start(); err != nil {
