@@ -110,6 +110,34 @@ func TestWorkspaceFiles(t *testing.T) {
 	}
 }
 
+func TestWriteReservedJSON(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "x.json")
+	if err := statedir.WriteReservedJSON(path, "nothing was reserved"); err != nil {
+		t.Fatal(err)
+	}
+	const room = 64 << 10
+	if err := statedir.Reserve(path, room); err != nil {
+		t.Fatal(err)
+	}
+	reserved, err := os.Stat(path + ".spare")
+	if err != nil || reserved.Size() != room || reserved.Mode().Perm() != 0o600 {
+		t.Fatalf("reserved: %v, %v", reserved, err)
+	}
+	if err := statedir.WriteReservedJSON(path, "short"); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(path); err != nil || string(b) != "\"short\"\n" {
+		t.Errorf("read back %q, %v", b, err)
+	}
+	if st, err := os.Stat(path); err != nil || !os.SameFile(st, reserved) {
+		t.Errorf("it is not in the room that was reserved: %v", err)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
+		t.Errorf("%d files are left, %v", len(entries), err)
+	}
+}
+
 func TestWriteJSONReplacesInOneStep(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "x.json")

@@ -586,13 +586,8 @@ func (s *supervisor) writeEnding(cause error) {
 	case cause != nil:
 		e.Reason = cause.Error()
 	}
-	err := statedir.WriteJSON(s.dir.EndingFile(), e)
-	if errors.Is(err, unix.ENOSPC) {
-		// That may be the very reason. The machine is gone, and the engine's
-		// files (an initramfs of MiBs) are of no use any more.
-		err = errors.Join(os.RemoveAll(s.dir.EngineDir()), statedir.WriteJSON(s.dir.EndingFile(), e))
-	}
-	if err != nil {
+	// A full disk may be the very reason.
+	if err := statedir.WriteReservedJSON(s.dir.EndingFile(), e); err != nil {
 		s.log.Error("writing how the machine ended", "error", err)
 	}
 }

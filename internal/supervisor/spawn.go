@@ -84,6 +84,9 @@ func Spawn(ctx context.Context, o SpawnOptions) (_ *Process, err error) {
 		if err := os.Remove(dir.EndingFile()); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, err
 		}
+		if err := statedir.Reserve(dir.EndingFile(), endingRoom); err != nil {
+			return nil, fmt.Errorf("making room for word of the machine's end: %w", err)
+		}
 	}
 	failpoint.Hit("spawn/locked")
 	rec := record{ID: dir.ID(), Engine: o.Config.Engine, CreatedAt: time.Now().UTC(), Ephemeral: o.Config.Ephemeral}
@@ -117,6 +120,10 @@ func Spawn(ctx context.Context, o SpawnOptions) (_ *Process, err error) {
 	p.Status = *res.Status
 	return p, nil
 }
+
+// endingRoom is how much room an [Ending] has on a full disk, in bytes: all that a
+// console remembers, with every byte escaped.
+const endingRoom = 64 << 10
 
 // makeDirectory makes the machine's directory, or takes over that of one that is
 // not ephemeral, and locks it.
