@@ -205,10 +205,16 @@ func (l *lab) greatTree() string {
 	return dir
 }
 
+// quickKills are the activities that every go test ./... kills machines in.
+var quickKills = []string{"idle", "exec", "sync", "export"}
+
 // TestKill kills each process of a machine, whatever the machine is doing.
 func TestKill(t *testing.T) {
 	for name, a := range activities {
 		t.Run(name, func(t *testing.T) {
+			if !slices.Contains(quickKills, name) {
+				thoroughOnly(t)
+			}
 			t.Parallel()
 			l := newLab(t)
 			if a.memory {

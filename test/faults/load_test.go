@@ -230,6 +230,7 @@ func TestGreatFiles(t *testing.T) {
 // TestTooGreatFiles is refused what is over every cap, before any of it is sent:
 // the file is one great hole.
 func TestTooGreatFiles(t *testing.T) {
+	thoroughOnly(t)
 	l := newLab(t)
 	l.create("w")
 	dir := filepath.Join(l.dir, "great")
