@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -28,6 +29,20 @@ func smallDisk(t *testing.T, dir, size string) {
 			t.Errorf("unmounting %s: %v", dir, err)
 		}
 	})
+}
+
+// newSmallLab makes a lab without a bystander whose state directory is on a small
+// disk.
+func newSmallLab(t *testing.T) (l *lab, disk string) {
+	t.Helper()
+	dir := t.TempDir()
+	disk = filepath.Join(dir, "disk")
+	smallDisk(t, disk, "512m")
+	l = labIn(t, dir)
+	l.state = filepath.Join(disk, "state")
+	l.env = append(l.env, "PYRO_STATE_DIR="+l.state)
+	t.Cleanup(l.end)
+	return l, disk
 }
 
 // fill leaves at most left bytes free on the file system of dir, and returns how
@@ -68,13 +83,7 @@ func fill(t *testing.T, dir string, left int64) (free func()) {
 // everything that writes there.
 func TestHostDiskFull(t *testing.T) {
 	thoroughOnly(t)
-	dir := t.TempDir()
-	disk := filepath.Join(dir, "disk")
-	smallDisk(t, disk, "512m")
-	l := labIn(t, dir)
-	l.state = filepath.Join(disk, "state")
-	l.env = append(l.env, "PYRO_STATE_DIR="+l.state)
-	t.Cleanup(l.end)
+	l, disk := newSmallLab(t)
 	l.create("w")
 	// More than pyro gives up where the disk is full.
 	l.exec("w", "yes | head -c 16777216 > great; echo acknowledged > kept; sync")
@@ -133,6 +142,25 @@ func TestHostDiskFull(t *testing.T) {
 	l.check()
 }
 
+// TestMachineEndsOnFullDisk kills a machine where not a byte is left for word of
+// it. The reason is kept all the same.
+func TestMachineEndsOnFullDisk(t *testing.T) {
+	thoroughOnly(t)
+	l, disk := newSmallLab(t)
+	l.create("w")
+	l.exec("w", "echo acknowledged > kept; sync")
+	machine := l.victims("w")
+	free := fill(t, disk, 0)
+	_ = machine["process 0"].Kill(syscall.SIGKILL) // one that has ended for want of room is as good
+	l.eventually(within(30*time.Second), "the supervisor has ended", func() bool { return !machine["supervisor"].Alive() })
+	free()
+	if ws := l.status("w"); ws.State != api.StateStopped || ws.LastError == nil || strings.Contains(*ws.LastError, "supervisor was killed") {
+		t.Errorf("a machine that ended while the disk was full: %+v", ws)
+	}
+	l.check()
+	kept(l)
+}
+
 func (l *lab) checkKept(name, want string) {
 	l.Helper()
 	if got := l.exec(name, "cat kept"); got != want {
@@ -145,13 +173,7 @@ func (l *lab) checkKept(name, want string) {
 // stays there.
 func TestHostDiskFillsUp(t *testing.T) {
 	isolated(t)
-	dir := t.TempDir()
-	disk := filepath.Join(dir, "disk")
-	smallDisk(t, disk, "512m")
-	l := labIn(t, dir)
-	l.state = filepath.Join(disk, "state")
-	l.env = append(l.env, "PYRO_STATE_DIR="+l.state)
-	t.Cleanup(l.end)
+	l, disk := newSmallLab(t)
 	l.create("w")
 	l.exec("w", "echo acknowledged > kept; sync")
 	free := fill(t, disk, 100<<20)
