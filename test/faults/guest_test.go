@@ -2,6 +2,7 @@ package faults_test
 
 import (
 	"encoding/json"
+	"fmt"
 	"io"
 	"strings"
 	"testing"
@@ -69,11 +70,10 @@ func TestGuestExhausted(t *testing.T) {
 	l.create("w")
 	l.exec("w", "echo acknowledged > kept; sync")
 	before := l.supervisorOf("w")
+	// However busy the guest is: it answers.
 	survived := func(l *lab) {
 		l.Helper()
-		if res := l.run("workspace", "exec", "w", "--quiet", "--", "cat kept"); res.stdout != "acknowledged\n" || res.took > within(5*time.Second) {
-			l.Errorf("the next command: %s", res)
-		}
+		l.checkKept("w", "acknowledged\n")
 		if now := l.supervisorOf("w"); now != before {
 			l.Error("the machine is another one")
 		}
@@ -122,6 +122,14 @@ while True:
 			}
 			go func() { _, _ = io.Copy(io.Discard, out) }()
 			survived(&here)
+			if engineName() == "qemu" {
+				// A machine's clock would say more of this host than of the guest.
+				var ran, waited int64
+				said := here.exec("w", "i=0; while [ $i -lt 5000 ]; do i=$((i+1)); done; read ran waited rest < /proc/$$/schedstat; echo $ran $waited")
+				if _, err := fmt.Sscan(said, &ran, &waited); err != nil || waited > 10*ran {
+					t.Errorf("beside a fork bomb a command ran and waited for %q ns, %v", said, err)
+				}
+			}
 			if res := here.run("workspace", "stop", "w"); res.code != 0 || res.took > within(15*time.Second) {
 				t.Errorf("stopping a machine with a fork bomb: %s", res)
 			}
