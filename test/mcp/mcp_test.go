@@ -286,7 +286,7 @@ func TestWrongUsage(t *testing.T) {
 		{"mcp serve --http nonsense", 2, "HOST:PORT"},
 		{"mcp serve x", 2, "x"},
 		{"host connect vscode", 1, "print-config vscode --merge"},
-		{"host connect", 2, "arg"},
+		{"host connect", 2, "claude-code|codex is missing"},
 		{"host connect nobody", 2, "claude-code"},
 		{"host print-config codex --merge", 1, "host connect codex"},
 		{"host print-config zed --merge --output x", 2, "exclude"},
