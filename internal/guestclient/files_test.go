@@ -58,7 +58,7 @@ func TestManifestOfALiar(t *testing.T) {
 		{"no name", data(manifestFile("")) + end(1), nil, api.ErrDamaged, "empty"},
 		{"double slash", data(manifestDir("a")+manifestFile("a//b")) + end(2), nil, api.ErrDamaged, "below a directory"},
 		{"NUL", data(`{"path":"a\u0000","type":"directory","mode":0}`+"\n") + end(1), nil, api.ErrDamaged, "NUL"},
-		{"long name", data(manifestFile(strings.Repeat("n", 256))) + end(1), nil, api.ErrDamaged, "below a directory"},
+		{"long name", data(manifestFile(strings.Repeat("n", 256))) + end(1), nil, api.ErrDamaged, "has a name of more than 255 bytes"},
 		{"deep", data(manifestFile(strings.Repeat("d/", 255)+"f")) + end(1), nil, api.ErrDamaged, "parts"},
 		{"unknown type", data(`{"path":"a","type":"device","mode":0}`+"\n") + end(1), nil, api.ErrDamaged, "device"},
 		{"no digest", data(`{"path":"a","type":"file","mode":0}`+"\n") + end(1), nil, api.ErrDamaged, "digest"},
