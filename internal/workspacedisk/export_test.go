@@ -33,9 +33,3 @@ func ReplayedBlocks(t testing.TB, img string) map[int64][]byte {
 	}
 	return changed
 }
-
-// DecodeMarks reads the marks of a directory, of which all are given.
-func DecodeMarks(opaque, redirect string) (target string, absolute bool, err error) {
-	m, err := decodeMarks(map[string][]byte{xattrOpaque: []byte(opaque), xattrRedirect: []byte(redirect)})
-	return m.redirect, m.absolute, err
-}

@@ -404,36 +404,6 @@ func TestLayerGrows(t *testing.T) {
 	}
 }
 
-// FuzzMarks reads marks: a redirect has names of directories, or is refused.
-func FuzzMarks(f *testing.F) {
-	for _, s := range []string{"/a", "a", "/a/sub", "..", "/", "", "/a//b", "a/sub", strings.Repeat("/a", 3000)} {
-		f.Add("y", s)
-		f.Add("x", s)
-	}
-	f.Fuzz(func(t *testing.T, opaque, redirect string) {
-		target, absolute, err := workspacedisk.DecodeMarks(opaque, redirect)
-		if err != nil {
-			if !errors.Is(err, api.ErrDamaged) {
-				t.Errorf("an error without a class: %v", err)
-			}
-			return
-		}
-		if opaque == "y" {
-			return
-		}
-		path, isAbsolute := strings.CutPrefix(target, "/")
-		names := strings.Split(path, "/")
-		for _, name := range names {
-			if name == "" || name == "." || name == ".." || len(name) > 255 || strings.ContainsAny(name, "/\x00") {
-				t.Errorf("the name %q", name)
-			}
-		}
-		if target != redirect || isAbsolute != absolute || len(names) > 1 && !absolute {
-			t.Errorf("%q became %q, absolute %v", redirect, target, absolute)
-		}
-	})
-}
-
 // FuzzLayerMarks puts hostile marks on directories of two layers.
 func FuzzLayerMarks(f *testing.F) {
 	for _, s := range []string{"/a", "a", "/a/sub", "..", "/", "", "/a//b", "a/sub", "/n/sub", "sub", strings.Repeat("/a", 1000)} {

@@ -12,6 +12,7 @@ import (
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/ext4image"
 	"github.com/pyro-mcp/pyro/internal/workspacedisk/ext4"
+	"github.com/pyro-mcp/pyro/internal/workspacedisk/overlayfs"
 )
 
 // exportMerged writes the files of a disk with layers into f, which is empty,
@@ -173,7 +174,7 @@ func (c *copier) add(ctx context.Context, p string, f file) error {
 		return err
 	}
 	for name := range attrs {
-		if strings.HasPrefix(name, xattrOverlay) {
+		if strings.HasPrefix(name, overlayfs.Trusted) {
 			delete(attrs, name)
 		}
 	}

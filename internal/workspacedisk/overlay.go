@@ -4,26 +4,15 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"strings"
 
 	"github.com/pyro-mcp/pyro/api"
 	"github.com/pyro-mcp/pyro/internal/workspacedisk/ext4"
+	"github.com/pyro-mcp/pyro/internal/workspacedisk/overlayfs"
 )
 
 // LayerDir is the directory of each of a [Source]'s Layers that lies over the
 // root of its image.
 const LayerDir = "upper"
-
-// The extended attributes in which overlayfs keeps its marks, from the kernel's
-// fs/overlayfs/overlayfs.h. Those not named here (origin, nlink, impure, uuid,
-// protattr) do not change what a reader sees.
-const (
-	xattrOverlay  = "trusted.overlay."
-	xattrOpaque   = xattrOverlay + "opaque"
-	xattrRedirect = xattrOverlay + "redirect"
-	xattrWhiteout = xattrOverlay + "whiteout"
-	xattrMetacopy = xattrOverlay + "metacopy"
-)
 
 // isWhiteoutDevice reports whether a file stands for "nothing here": the
 // character device 0:0.
@@ -35,53 +24,27 @@ func isWhiteoutDevice(ino *ext4.Inode) bool {
 // isWhiteoutFile is isWhiteoutDevice for the other form, an empty file with a
 // mark (overlayfs.rst, "Nested overlayfs mounts").
 func isWhiteoutFile(ino *ext4.Inode, attrs map[string][]byte) bool {
-	_, marked := attrs[xattrWhiteout]
+	_, marked := attrs[overlayfs.Trusted+overlayfs.Whiteout]
 	return marked && ino.Size == 0
 }
 
 // checkWhole refuses a file that holds only attributes, its content being that
 // of another one. pyro's machines do not make these (metacopy=off).
 func checkWhole(ino *ext4.Inode, attrs map[string][]byte) error {
-	if _, marked := attrs[xattrMetacopy]; marked {
+	if _, marked := attrs[overlayfs.Trusted+overlayfs.Metacopy]; marked {
 		return api.Errorf(api.ErrUnsupported, "inode %d is a copy of attributes only (overlayfs metacopy)", ino.Number)
 	}
 	return nil
 }
 
-// marks is what overlayfs noted about a directory of a layer.
-type marks struct {
-	opaque bool // nothing shows through
-	// redirect is where in the layers below to look: another name or, absolute,
-	// a path from the root. "" is under its own name.
-	redirect string
-	absolute bool
-}
-
-// decodeMarks reads a directory's marks. A redirect that no kernel writes, or
-// with a name that no directory has, is ErrDamaged. The value "x" of opaque
-// only tells the kernel to look for whiteout files, which we always do.
-func decodeMarks(attrs map[string][]byte) (marks, error) {
-	if string(attrs[xattrOpaque]) == "y" {
-		return marks{opaque: true}, nil
+// decodeMarks reads a directory's marks. We look for whiteouts of either form
+// everywhere.
+func decodeMarks(attrs map[string][]byte) (overlayfs.Marks, error) {
+	redirect, ok := attrs[overlayfs.Trusted+overlayfs.Redirect]
+	if ok && redirect == nil {
+		redirect = []byte{} // there, and empty
 	}
-	value, ok := attrs[xattrRedirect]
-	if !ok {
-		return marks{}, nil
-	}
-	if len(value) > maxPathLen {
-		return marks{}, api.Errorf(api.ErrDamaged, "an overlay redirect has %d bytes, the limit is %d", len(value), maxPathLen)
-	}
-	path, absolute := strings.CutPrefix(string(value), "/")
-	names := strings.Split(path, "/")
-	for _, name := range names {
-		if name == "" || name == "." || name == ".." || len(name) > maxNameLen || strings.IndexByte(name, 0) >= 0 {
-			return marks{}, api.Errorf(api.ErrDamaged, "the overlay redirect %.200q has an impossible name in it", value)
-		}
-	}
-	if !absolute && len(names) > 1 {
-		return marks{}, api.Errorf(api.ErrDamaged, "the overlay redirect %.200q is neither a name nor absolute", value)
-	}
-	return marks{redirect: string(value), absolute: absolute}, nil
+	return overlayfs.DecodeMarks(attrs[overlayfs.Trusted+overlayfs.Opaque], redirect)
 }
 
 // openLayers opens src.Layers and puts them over the tree.

@@ -207,14 +207,14 @@ func (s *search) step(layer int, name string, done int, behind string, entry fun
 	switch {
 	case err != nil:
 		return nil, err
-	case marks.opaque:
+	case marks.Opaque:
 		s.stop = true
-	case marks.absolute:
+	case marks.Absolute:
 		// Also out of an opaque directory: what it names lies elsewhere.
 		s.stop = false
-		s.name = marks.redirect + behind
-	case marks.redirect != "":
-		s.name = s.name[:done] + marks.redirect + behind
+		s.name = marks.Redirect + behind
+	case marks.Redirect != "":
+		s.name = s.name[:done] + marks.Redirect + behind
 	}
 	if len(s.name) > maxRedirect {
 		return nil, api.Errorf(api.ErrDamaged, "overlay redirects lead to a path of more than %d bytes", maxRedirect)
