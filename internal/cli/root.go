@@ -48,6 +48,7 @@ If it does not work:   pyro doctor`,
 		newHostCmd(a),
 		newSuperviseCmd(a),
 		newDetachedCmd(a),
+		newMergeCmd(a),
 	)
 	return root
 }

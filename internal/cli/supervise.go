@@ -24,6 +24,18 @@ func newDetachedCmd(a *app) *cobra.Command {
 	}
 }
 
+// newMergeCmd merges two layers of a disk where this process may not.
+func newMergeCmd(a *app) *cobra.Command {
+	return &cobra.Command{
+		Use: workspace.MergeCommand, Hidden: true,
+		Short: "Merge two layers of a disk; started by pyro itself",
+		Args:  args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return workspace.MainMerge(cmd.Context(), all.Engines("", a.logger()), a.In, os.Stdout)
+		},
+	}
+}
+
 // newSuperviseCmd is the one command that is no face: the process behind one
 // machine.
 func newSuperviseCmd(a *app) *cobra.Command {

@@ -234,18 +234,34 @@ type FullSnapshotter interface {
 	SnapshotFull(ctx context.Context, spare, memory string) (frozen string, err error)
 }
 
-// A LayerMerger is an Engine that can take one layer out of the disk of a machine
-// that does not run.
+// A LayerMerger is an Engine that can make one layer of two in the disk of a
+// machine that does not run.
 type LayerMerger interface {
-	// MergeLayer moves what chain[i] holds and the layer above it, chain[i+1],
-	// does not into the latter. Afterwards a disk that stands on
-	// chain without chain[i] holds the same as one on chain, which goes on
-	// being right, too: chain[i] is not changed. So a process that is killed at
-	// any moment leaves a chain that is right, and calling again finishes.
+	// MergeLayer makes one layer of chain[i] and the layer above it, chain[i+1].
+	// A disk that stands on chain with merged in the place of the two holds what
+	// it holds on chain. spare is a path at which nothing is. merged is one of
+	// chain[i+1] and spare:
+	//
+	//   - chain[i+1] has got what chain[i] holds and it did not, so that a disk
+	//     on chain goes on being right, too;
+	//   - spare is a new layer, and neither of the two is changed.
+	//
+	// chain[i] is changed in no case. So a process that is killed at any moment
+	// leaves a chain that is right, and calling again, with another spare,
+	// finishes; what is at the first spare or is called so with UnfinishedSuffix
+	// is garbage then. On an error there is nothing at spare.
+	//
 	// chain holds MachineSpec's Layers, and Disk as the last if that is
-	// to be chain[i+1] or lies above it. No machine may use chain[i+1]:
-	// ErrBusy if one does.
-	MergeLayer(ctx context.Context, chain []string, i int, rootImage string) error
+	// to be chain[i+1] or lies above it. ErrBusy means that a machine is in the
+	// way: one that writes to chain[i+1] always is, one that stands on it where
+	// that layer is to be changed.
+	MergeLayer(ctx context.Context, chain []string, i int, rootImage, spare string) (merged string, err error)
+}
+
+// A LayerLimiter is an Engine whose machines cannot stand on any number of layers.
+type LayerLimiter interface {
+	// MaxLayers is how many MachineSpec.Layers there can be.
+	MaxLayers() int
 }
 
 // A Describer is an Engine that knows more facts for doctor than Probe tells,

@@ -15,6 +15,21 @@ type References struct {
 
 // References returns what is needed, all as of one moment.
 func (s *Store) References(ctx context.Context) (*References, error) {
+	return s.references(ctx, "")
+}
+
+// LayersOfOthers returns the file name of every layer that a workspace other than
+// the one with that id needs, or a snapshot of another one.
+func (s *Store) LayersOfOthers(ctx context.Context, id string) (map[string]bool, error) {
+	r, err := s.references(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	return r.Layers, nil
+}
+
+// references leaves what the workspace called except needs out.
+func (s *Store) references(ctx context.Context, except string) (*References, error) {
 	r := &References{map[string]bool{}, map[string]bool{}, map[string]bool{}}
 	add := func(set map[string]bool, names ...string) {
 		for _, n := range names {
@@ -26,7 +41,7 @@ func (s *Store) References(ctx context.Context) (*References, error) {
 	err := s.read(ctx, func(tx *sql.Tx) error {
 		err := collect(ctx, tx, func(rows *sql.Rows) error {
 			w, err := scanWorkspace(rows.Scan)
-			if err != nil {
+			if err != nil || w.WorkspaceID == except {
 				return err
 			}
 			add(r.Layers, w.ActiveLayer, w.PendingLayer, w.Memory, w.PendingMemory)
@@ -44,7 +59,7 @@ func (s *Store) References(ctx context.Context) (*References, error) {
 				return err
 			}
 			sn, err := decodeSnapshot(record)
-			if err != nil {
+			if err != nil || sn.WorkspaceID == except {
 				return err
 			}
 			add(r.Layers, sn.Layer, sn.Memory)

@@ -92,18 +92,25 @@ func (s *Store) DeleteSnapshot(ctx context.Context, id, name string) error {
 	return nil
 }
 
-// DropLayer takes a layer out of the disks of the workspace with that id and of
-// all its snapshots, because the layer above it holds everything now.
-func (s *Store) DropLayer(ctx context.Context, id, layer string) error {
-	without := func(chain []string) []string {
-		return slices.DeleteFunc(slices.Clone(chain), func(l string) bool { return l == layer })
+// MergeLayers puts merged, which may be upper, in the place of the layer lower
+// and the layer upper on it in the disks of the workspace with that id and of its
+// snapshots.
+func (s *Store) MergeLayers(ctx context.Context, id, lower, upper, merged string) error {
+	// in replaces them in a chain with its highest layer.
+	in := func(chain []string, top string) ([]string, string) {
+		whole := append(slices.Clone(chain), top)
+		if i := slices.Index(whole, lower); i >= 0 && i+1 < len(whole) && whole[i+1] == upper {
+			whole = slices.Replace(whole, i, i+2, merged)
+		}
+		last := len(whole) - 1
+		return whole[:last], whole[last]
 	}
 	err := s.write(ctx, durable, func(tx *sql.Tx) error {
 		w, err := getWorkspace(ctx, tx, id)
 		if err != nil {
 			return err
 		}
-		w.Layers = without(w.Layers)
+		w.Layers, w.ActiveLayer = in(w.Layers, w.ActiveLayer)
 		if err := updateRow(ctx, tx, &w.Workspace); err != nil {
 			return err
 		}
@@ -112,7 +119,7 @@ func (s *Store) DropLayer(ctx context.Context, id, layer string) error {
 			return err
 		}
 		for _, sn := range snapshots {
-			sn.Chain = without(sn.Chain)
+			sn.Chain, sn.Layer = in(sn.Chain, sn.Layer)
 			record, err := json.Marshal(sn)
 			if err != nil {
 				return err

@@ -378,6 +378,56 @@ func TestSnapshots(t *testing.T) {
 	}
 }
 
+func TestMergeLayers(t *testing.T) {
+	s := newPlace(t).open(t)
+	ctx := t.Context()
+	for _, id := range []string{"a", "fork"} {
+		w := workspace(id, "")
+		w.Layers, w.ActiveLayer = []string{"one", "two", "three"}, id+"-disk"
+		mustCreate(t, s, w)
+	}
+	for name, layers := range map[string][]string{"at-two": {"one", "two"}, "branch": {"one", "two", "other"}, "at-one": {"one"}, "empty": {""}} {
+		last := len(layers) - 1
+		if err := s.PutSnapshot(ctx, "a", store.Snapshot{Snapshot: api.Snapshot{SnapshotName: name, CreatedAt: start}, Chain: layers[:last], Layer: layers[last]}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	others, err := s.LayersOfOthers(ctx, "fork")
+	if err != nil || !others["other"] || !others["a-disk"] || others["fork-disk"] {
+		t.Errorf("the layers of others: %v, %v", others, err)
+	}
+	if others, err = s.LayersOfOthers(ctx, "a"); err != nil || others["other"] || others["a-disk"] || !others["two"] {
+		t.Errorf("the layers of others: %v, %v", others, err)
+	}
+	for _, m := range [][3]string{{"one", "two", "new"}, {"three", "a-disk", "a-disk"}, {"one", "three", "not one on the other"}} {
+		if err := s.MergeLayers(ctx, "a", m[0], m[1], m[2]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got := map[string][]string{}
+	for _, id := range []string{"a", "fork"} {
+		w, err := s.Get(ctx, id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got[id] = append(w.Layers, w.ActiveLayer)
+	}
+	snapshots, err := s.Snapshots(ctx, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, sn := range snapshots {
+		got[sn.SnapshotName] = append(sn.Chain, sn.Layer)
+	}
+	want := map[string][]string{
+		"a": {"new", "a-disk"}, "fork": {"one", "two", "three", "fork-disk"},
+		"at-two": {"new"}, "branch": {"new", "other"}, "at-one": {"one"}, "empty": {""},
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+}
+
 func TestDeleteTakesEverythingAlong(t *testing.T) {
 	p := newPlace(t)
 	s := p.open(t)

@@ -74,6 +74,18 @@ func (m *Manager) layerPaths(ctx context.Context, chain []string) (paths []strin
 	return paths, locks, nil
 }
 
+// checkLayers refuses one more layer under a disk that its engine could not start
+// a machine on any more.
+func (h *held) checkLayers() error {
+	for _, e := range h.m.engines {
+		if l, ok := e.(engine.LayerLimiter); ok && e.Name() == h.Engine && len(h.Layers) >= l.MaxLayers() {
+			return api.WithHint(api.Errorf(api.ErrExhausted, "its disk stands on %d layers, and engine %s takes no more", len(h.Layers), h.Engine),
+				"delete snapshots that you do not need, then pyro workspace stop %s: that merges their layers", refOf(h.Workspace))
+		}
+	}
+	return nil
+}
+
 // removeLayer removes a layer's file or directory; one that is not there is no
 // error.
 func (m *Manager) removeLayer(ctx context.Context, name string) error {
@@ -126,101 +138,6 @@ func (m *Manager) collect(ctx context.Context) (removed []string, err error) {
 		errs = append(errs, err)
 	}
 	return removed, errors.Join(errs...)
-}
-
-// compact gives back the room of layers that no snapshot is any more and that
-// the disk only stands on: what such a layer holds goes into the one above it.
-// That needs an engine that can, and a machine that does not run; else the
-// layers stay until the workspace is stopped, reset or deleted.
-func (h *held) compact(ctx context.Context) error {
-	if h.State == api.StateStopped || h.PausedToDisk {
-		if err := h.mergeLayers(ctx); err != nil {
-			return err
-		}
-	}
-	_, err := h.m.collect(ctx)
-	return err
-}
-
-func (h *held) mergeLayers(ctx context.Context) error {
-	var merger engine.LayerMerger
-	for _, e := range h.m.engines {
-		if e.Name() == h.Engine {
-			merger, _ = e.(engine.LayerMerger)
-		}
-	}
-	if merger == nil {
-		return nil
-	}
-	st, err := h.m.store(ctx)
-	if err != nil {
-		return err
-	}
-	for {
-		snapshots, err := st.Snapshots(ctx, h.WorkspaceID)
-		if err != nil {
-			return err
-		}
-		chain := append(slices.Clone(h.Layers), h.ActiveLayer)
-		i := mergeable(chain, snapshots)
-		if i < 0 {
-			return nil
-		}
-		if _, err := os.Lstat(h.m.state.Layer(chain[i+1])); err != nil {
-			return nil // a new disk that nobody has started yet: the next stop
-		}
-		paths, locks, err := h.m.layerPaths(ctx, chain)
-		for _, l := range locks {
-			defer l.Close()
-		}
-		if err != nil {
-			return err
-		}
-		image, err := h.m.environments.UseDigest(ctx, h.Environment, h.EnvironmentDigest)
-		if err != nil {
-			return err
-		}
-		err = merger.MergeLayer(ctx, paths, i, image.Path)
-		image.Close()
-		if err != nil {
-			return err
-		}
-		failpoint.Hit("compact/merged")
-		if err := st.DropLayer(ctx, h.WorkspaceID, chain[i]); err != nil {
-			return err
-		}
-		failpoint.Hit("compact/dropped")
-		if h.Workspace, err = st.Get(ctx, h.WorkspaceID); err != nil {
-			return err
-		}
-	}
-}
-
-// mergeable returns the first element of a disk's chain that can go into the
-// one above it: it is no snapshot's own layer, and nothing stands on it but that
-// one. It returns -1 if there is none.
-func mergeable(chain []string, snapshots []*store.Snapshot) int {
-	for i := range len(chain) - 1 {
-		layer, above := chain[i], chain[i+1]
-		if strings.HasPrefix(layer, seedPrefix) {
-			continue
-		}
-		free := true
-		for _, s := range snapshots {
-			whole := append(slices.Clone(s.Chain), s.Layer)
-			j := slices.Index(whole, layer)
-			if j < 0 {
-				continue
-			}
-			if s.Layer == layer || whole[j+1] != above {
-				free = false
-			}
-		}
-		if free {
-			return i
-		}
-	}
-	return -1
 }
 
 // stem is a layer's name without what an engine hangs on.

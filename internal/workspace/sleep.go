@@ -21,12 +21,16 @@ import (
 // whatever goes wrong on the way back: the next attempt finds the same.
 
 // compactAt is how many layers a disk may have before a pause merges those that
-// earlier pauses have left. Each costs a copy of what it holds.
+// earlier pauses have left, and before those are merged that others have, too.
+// Each costs a copy of what it holds.
 const compactAt = 16
 
 // pauseToDisk saves the running machine with its memory and ends it.
 func (h *held) pauseToDisk(ctx context.Context) error {
 	if err := h.checkMemorySaved("pause it without --to-disk, or stop it: its files are kept"); err != nil {
+		return err
+	}
+	if err := h.checkLayers(); err != nil {
 		return err
 	}
 	if err := h.m.interruptCommands(ctx, h.WorkspaceID); err != nil {

@@ -82,6 +82,11 @@ func (h *held) snapshot(ctx context.Context, req api.SnapshotRequest) (*api.Snap
 			return nil, err
 		}
 	}
+	if !h.PausedToDisk { // whose snapshot is the layer that it stands on
+		if err := h.checkLayers(); err != nil {
+			return nil, err
+		}
+	}
 	switch h.State {
 	case api.StateStarted:
 		_, client := h.m.guest(h.Workspace)

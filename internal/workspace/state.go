@@ -38,6 +38,7 @@ const (
 	intentFork     = "fork"
 	intentPause    = "pause" // to disk
 	intentWake     = "wake"
+	intentCompact  = "compact"
 	intentDelete   = "delete"
 )
 
@@ -315,8 +316,9 @@ func (h *held) settleLayer(ctx context.Context, alive bool) (adopted bool, err e
 	}
 	spare := h.m.state.Layer(h.PendingLayer)
 	switch {
-	case h.Intent == intentReset:
-		// A reset's new disk: the old one is still the workspace's.
+	case h.Intent == intentReset, h.Intent == intentCompact:
+		// A reset's new disk, or layers merged: the old ones are still the
+		// workspace's.
 	case alive:
 		// The supervisor may still be at it, and knows best when it is done.
 		disk, err := supervisor.NewClient(h.machine()).Disk(ctx)

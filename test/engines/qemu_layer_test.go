@@ -169,7 +169,7 @@ func TestDeepChain(t *testing.T) {
 		t.Errorf("the disk has %d MiB, want about %d", size, sizeMiB)
 	}
 	chain := append(slices.Clone(stack.Layers), stack.Disk)
-	if err := e.MergeLayer(t.Context(), chain, len(chain)-2, image); !errors.Is(err, api.ErrBusy) {
+	if _, err := e.MergeLayer(t.Context(), chain, len(chain)-2, image, ""); !errors.Is(err, api.ErrBusy) {
 		t.Errorf("merging into the disk of a running machine: %v, want ErrBusy", err)
 	}
 	if err := g.Stop(t.Context(), 0); err != nil {
@@ -181,7 +181,7 @@ func TestDeepChain(t *testing.T) {
 	for len(chain) > depth+1 {
 		i := depth
 		began := time.Now()
-		if err := e.MergeLayer(t.Context(), chain, i, image); err != nil {
+		if _, err := e.MergeLayer(t.Context(), chain, i, image, ""); err != nil {
 			t.Fatal(err)
 		}
 		t.Logf("merging a layer took %v", time.Since(began))

@@ -57,6 +57,7 @@ func Run(t *testing.T, s Subject) {
 		{"SnapshotThenKilled", testSnapshotThenKilled},
 		{"KilledWhileFreezing", testKilledWhileFreezing},
 		{"MergeLayer", testMergeLayer},
+		{"MergeInUse", testMergeInUse},
 		{"Refuses", testRefuses},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, s) })

@@ -452,22 +452,69 @@ func testMergeLayer(t *testing.T, s Subject) {
 		g.end(t)
 		chain = append(chain, stack.Disk)
 	}
+	spare := NewStack(t).Disk
 	for _, i := range []int{-1, 2, 3} {
-		if err := merger.MergeLayer(t.Context(), chain, i, s.Spec.RootImage); !errors.Is(err, api.ErrInvalid) {
+		if _, err := merger.MergeLayer(t.Context(), chain, i, s.Spec.RootImage, spare); !errors.Is(err, api.ErrInvalid) {
 			t.Errorf("merging layer %d of 3: %v, want ErrInvalid", i, err)
 		}
 	}
 	for _, i := range []int{1, 0} {
-		if err := merger.MergeLayer(t.Context(), chain, i, s.Spec.RootImage); err != nil {
+		spare := NewStack(t).Disk
+		merged, err := merger.MergeLayer(t.Context(), chain, i, s.Spec.RootImage, spare)
+		if err != nil {
 			t.Fatal(err)
 		}
-		if err := os.RemoveAll(chain[i]); err != nil {
-			t.Fatal(err)
+		want := 0
+		if merged == spare {
+			want = 1
+		} else if merged != chain[i+1] {
+			t.Fatalf("the merged layer is %s, which is neither the upper one nor the spare", merged)
 		}
-		chain = slices.Delete(chain, i, i+1)
+		if left, err := os.ReadDir(filepath.Dir(spare)); err != nil || len(left) != want {
+			t.Errorf("at the spare: %v, %v", left, err)
+		}
+		gone := []string{chain[i]}
+		if merged == spare {
+			gone = append(gone, chain[i+1])
+		}
+		chain = slices.Replace(chain, i, i+2, merged)
+		for _, path := range gone {
+			if err := os.RemoveAll(path); err != nil {
+				t.Fatal(err)
+			}
+		}
 		last := len(chain) - 1
 		g := Boot(t, s, Stack{Layers: chain[:last], Disk: chain[last]}.spec)
 		g.wantFiles(t, "changed file* gone", "changed=2 file0=0 file1=1 file2=2")
 		g.end(t)
 	}
+}
+
+// testMergeInUse wants a layer that a machine writes to left alone.
+func testMergeInUse(t *testing.T, s Subject) {
+	merger, ok := s.Engine.(engine.LayerMerger)
+	if !ok {
+		t.Skipf("engine %s does not merge layers", s.Engine.Name())
+	}
+	if s.Engine.Name() == engine.HostName {
+		t.Skip("there is nothing to move")
+	}
+	lower := NewStack(t)
+	g := Boot(t, s, lower.spec)
+	g.put(t, "below", "1")
+	g.end(t)
+	stack := lower.On(t, lower.Disk)
+	g = Boot(t, s, stack.spec)
+	g.put(t, "file", "1")
+	spare := NewStack(t).Disk
+	if _, err := merger.MergeLayer(t.Context(), []string{lower.Disk, stack.Disk}, 0, s.Spec.RootImage, spare); !errors.Is(err, api.ErrBusy) || api.Hint(err) == "" {
+		t.Errorf("merging into the disk of a running machine: %v (hint %q), want ErrBusy with a hint", err, api.Hint(err))
+	}
+	if left, err := os.ReadDir(filepath.Dir(spare)); err != nil || len(left) > 0 {
+		t.Errorf("at the spare: %v, %v", left, err)
+	}
+	g.wantFiles(t, "below file", "below=1 file=1")
+	g.end(t)
+	again := Boot(t, s, stack.spec)
+	again.wantFiles(t, "below file", "below=1 file=1")
 }

@@ -103,11 +103,11 @@ func (Engine) Start(ctx context.Context, spec engine.MachineSpec) (engine.Machin
 
 // MergeLayer implements [engine.LayerMerger]. There is nothing to move: the layer
 // above is a complete copy already.
-func (Engine) MergeLayer(_ context.Context, chain []string, i int, _ string) error {
+func (Engine) MergeLayer(_ context.Context, chain []string, i int, _, _ string) (merged string, err error) {
 	if i < 0 || i+1 >= len(chain) {
-		return api.Errorf(api.ErrInvalid, "layer %d of %d has no layer above it to be merged into", i, len(chain))
+		return "", api.Errorf(api.ErrInvalid, "layer %d of %d has no layer above it to be merged with", i, len(chain))
 	}
-	return nil
+	return chain[i+1], nil
 }
 
 // machine implements [engine.Machine].

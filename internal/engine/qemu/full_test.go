@@ -56,7 +56,7 @@ func TestMergeLayerOnAFullDisk(t *testing.T) {
 		s.layers = append(s.layers, to)
 	}
 	e := qemu.New(qemu.Options{})
-	if err := e.MergeLayer(t.Context(), s.layers, 0, s.root); !errors.Is(err, api.ErrExhausted) || api.Hint(err) == "" {
+	if _, err := e.MergeLayer(t.Context(), s.layers, 0, s.root, ""); !errors.Is(err, api.ErrExhausted) || api.Hint(err) == "" {
 		t.Errorf("merging on a full disk: %v (hint %q), want ErrExhausted with a hint", err, api.Hint(err))
 	}
 	if s.digest(t, s.layers...) != want {
@@ -65,7 +65,7 @@ func TestMergeLayerOnAFullDisk(t *testing.T) {
 	if err := unix.Mount("none", dir, "tmpfs", unix.MS_REMOUNT, fmt.Sprintf("size=%d", 4*size)); err != nil {
 		t.Fatal(err)
 	}
-	if err := e.MergeLayer(t.Context(), s.layers, 0, s.root); err != nil {
+	if _, err := e.MergeLayer(t.Context(), s.layers, 0, s.root, ""); err != nil {
 		t.Fatalf("merging with room again: %v", err)
 	}
 	if s.digest(t, s.without(0)...) != want {

@@ -18,14 +18,14 @@ import (
 // What the upper layer shows does not change at any time of the job, whether it
 // is read with the lower one below or, in the end, without. The header's name of
 // the backing file is changed, too, but nothing of ours goes by it.
-func (e *Engine) MergeLayer(ctx context.Context, layers []string, i int, rootImage string) error {
+func (e *Engine) MergeLayer(ctx context.Context, layers []string, i int, rootImage, _ string) (merged string, err error) {
 	if i < 0 || i+1 >= len(layers) {
-		return api.Errorf(api.ErrInvalid, "layer %d of %d has no layer above it to be merged into", i, len(layers))
+		return "", api.Errorf(api.ErrInvalid, "layer %d of %d has no layer above it to be merged with", i, len(layers))
 	}
 	if err := e.merge(ctx, layers[:i+2], rootImage); err != nil {
-		return fmt.Errorf("merging layer %s into %s: %w", layers[i], layers[i+1], err)
+		return "", fmt.Errorf("merging layer %s into %s: %w", layers[i], layers[i+1], err)
 	}
-	return nil
+	return layers[i+1], nil
 }
 
 // merge merges the last but one of layers into the last.

@@ -168,7 +168,7 @@ func TestMergeLayer(t *testing.T) {
 			most := usedBytes(t, s.layers[i]) + usedBytes(t, s.layers[i+1]) + 4*cluster
 			e := qemu.New(qemu.Options{})
 			for range 2 { // the second time there is nothing left to do
-				if err := e.MergeLayer(t.Context(), s.layers, i, s.root); err != nil {
+				if _, err := e.MergeLayer(t.Context(), s.layers, i, s.root, ""); err != nil {
 					t.Fatal(err)
 				}
 				if s.digest(t, s.layers...) != want {
@@ -209,7 +209,7 @@ func TestMergeLayerGoesByTheGivenChain(t *testing.T) {
 	for _, layer := range s.layers {
 		run(t, "qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", secret, layer)
 	}
-	if err := qemu.New(qemu.Options{}).MergeLayer(t.Context(), s.layers, 1, s.root); err != nil {
+	if _, err := qemu.New(qemu.Options{}).MergeLayer(t.Context(), s.layers, 1, s.root, ""); err != nil {
 		t.Fatal(err)
 	}
 	if s.digest(t, s.without(1)...) != want {
@@ -228,7 +228,7 @@ func TestMergeLayerKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := e.MergeLayer(t.Context(), s.layers, 1, s.root); err != nil {
+	if _, err := e.MergeLayer(t.Context(), s.layers, 1, s.root, ""); err != nil {
 		t.Fatal(err)
 	}
 	whole := time.Since(began)
@@ -239,7 +239,7 @@ func TestMergeLayerKilled(t *testing.T) {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), whole*time.Duration(round+1)/rounds)
-		err := e.MergeLayer(ctx, s.layers, 1, s.root)
+		_, err := e.MergeLayer(ctx, s.layers, 1, s.root, "")
 		cancel()
 		if err != nil {
 			interrupted++
@@ -255,7 +255,7 @@ func TestMergeLayerKilled(t *testing.T) {
 		t.Error("no merge was interrupted")
 	}
 	t.Logf("%d of %d merges interrupted within %v", interrupted, rounds, whole)
-	if err := e.MergeLayer(t.Context(), s.layers, 1, s.root); err != nil {
+	if _, err := e.MergeLayer(t.Context(), s.layers, 1, s.root, ""); err != nil {
 		t.Fatal(err)
 	}
 	if s.digest(t, s.without(1)...) != want {
@@ -269,7 +269,7 @@ func TestMergeLayerRefuses(t *testing.T) {
 	t.Run("NothingAbove", func(t *testing.T) {
 		s := made
 		for _, i := range []int{-1, 1, 2} {
-			if err := e.MergeLayer(t.Context(), s.layers, i, s.root); !errors.Is(err, api.ErrInvalid) {
+			if _, err := e.MergeLayer(t.Context(), s.layers, i, s.root, ""); !errors.Is(err, api.ErrInvalid) {
 				t.Errorf("merging layer %d of 2: %v, want ErrInvalid", i, err)
 			}
 		}
@@ -287,7 +287,7 @@ func TestMergeLayerRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := e.MergeLayer(t.Context(), s.layers, 0, s.root); !errors.Is(err, api.ErrBusy) || api.Hint(err) == "" {
+		if _, err := e.MergeLayer(t.Context(), s.layers, 0, s.root, ""); !errors.Is(err, api.ErrBusy) || api.Hint(err) == "" {
 			t.Errorf("merging into a layer in use: %v (hint %q), want ErrBusy with a hint", err, api.Hint(err))
 		}
 	})
@@ -307,7 +307,7 @@ func TestMergeLayerRefuses(t *testing.T) {
 				if err := spoil(s.layers[layer]); err != nil {
 					t.Fatal(err)
 				}
-				if err := e.MergeLayer(t.Context(), s.layers, 0, s.root); !errors.Is(err, api.ErrDamaged) {
+				if _, err := e.MergeLayer(t.Context(), s.layers, 0, s.root, ""); !errors.Is(err, api.ErrDamaged) {
 					t.Errorf("merging with layer %d spoilt: %v, want ErrDamaged", layer, err)
 				}
 			}
