@@ -37,9 +37,9 @@ type Source struct {
 	Layers []Source
 }
 
-// maxChain bounds the images of a chain, and the layers of a disk: a workspace
-// of 128 snapshots, its environment and its seed fit.
-const maxChain = 256
+// maxChain bounds the images of a chain, and the layers of a disk: the 256 that a
+// machine may stand on, its own and its environment fit.
+const maxChain = 258
 
 // A layer is one open image file of a chain, seen as a disk.
 type layer interface {

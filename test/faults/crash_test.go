@@ -112,7 +112,7 @@ var crashes = map[string]crash{
 		after:   snapshotsWork,
 	},
 	"snapshot delete": {
-		points: []string{"snapshot-delete", "compact"},
+		points: []string{"snapshot-delete", "compact", "merge"},
 		prepare: func(l *lab) {
 			firstSnapshot(l)
 			if engineName() != "host" {
@@ -298,10 +298,11 @@ var crashes = map[string]crash{
 // elsewhere names failpoints that an engine never reaches, and why.
 var elsewhere = map[string][]string{
 	// No second layer under a directory, and nobody looks into one that is stopped.
-	"host": {"snapshot-stopped/switched", "compact/merged", "compact/dropped"},
-	// A snapshot needs no copy of the files; gVisor cannot merge layers.
-	"gvisor": {"snapshot/spooled", "compact/merged", "compact/dropped"},
-	"qemu":   {"snapshot/spooled"},
+	"host": {"snapshot-stopped/switched", "compact/begun", "compact/merged", "compact/recorded", "merge/copied", "merge/united", "merge/made"},
+	// A snapshot needs no copy of the files.
+	"gvisor": {"snapshot/spooled"},
+	// QEMU merges into the upper layer.
+	"qemu": {"snapshot/spooled", "merge/copied", "merge/united", "merge/made"},
 }
 
 // quick are the operations that every go test ./... goes through.

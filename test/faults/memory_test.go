@@ -378,3 +378,52 @@ func pssKiB(pid int) (kib int) {
 	}
 	return kib
 }
+
+// sleeps is how often TestManySleeps pauses its workspace.
+const sleeps = 20
+
+// TestManySleeps pauses a workspace to disk more often than its disk may have
+// layers until they are merged. It goes on with all that it had, in memory and on
+// disk, and its layers are merged again and again.
+func TestManySleeps(t *testing.T) {
+	if engineName() == "qemu" && !thorough() {
+		t.Skip("takes long on qemu: make test-faults runs it")
+	}
+	l := newMemoryLab(t)
+	markMemory(l)
+	// Whatever shows in a layer comes from the environment, a layer or both.
+	l.exec("w", "mkdir moved-0; echo 0 > moved-0/file; echo first > first")
+	most := 0
+	for i := range sleeps {
+		l.ok("workspace", "pause", "w", "--to-disk")
+		files, err := os.ReadDir(filepath.Join(l.state, "layers"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		most = max(most, len(files))
+		l.exec("w", fmt.Sprintf("mv moved-%d moved-%d; echo %d >> moved-%d/file; echo %d > file-%d; rm -f file-%d; sync", i, i+1, i+1, i+1, i, i, i-5))
+	}
+	files, err := os.ReadDir(filepath.Join(l.state, "layers"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The bystander has its own, and who sleeps a memory.
+	if most > 24 || len(files) > 12 {
+		t.Errorf("there were up to %d layers, and are %d", most, len(files))
+	}
+	want := ""
+	for i := range sleeps + 1 {
+		want += fmt.Sprintln(i)
+	}
+	if got := l.exec("w", "cat moved-*/file"); got != want {
+		t.Errorf("the directory that was moved each time holds %q", got)
+	}
+	if got := l.exec("w", "cat first; ls -d file-*; cat kept /dev/shm/running"); got != "first\nfile-15\nfile-16\nfile-17\nfile-18\nfile-19\nacknowledged\nrunning\n" {
+		t.Errorf("in the end there is %q", got)
+	}
+	l.ok("workspace", "stop", "w")
+	l.ok("workspace", "start", "w")
+	if got := l.exec("w", "cat moved-*/file kept"); got != want+"acknowledged\n" {
+		t.Errorf("from its disk alone it has %q", got)
+	}
+}

@@ -107,12 +107,10 @@ func (c *treeCopier) entry(ctx context.Context, from, to *os.Root, name, rel str
 		if target, err = from.Readlink(name); err == nil {
 			err = to.Symlink(target, name)
 		}
-	case fs.ModeDevice | fs.ModeCharDevice, fs.ModeNamedPipe:
-		// Whiteouts, which everybody may make; other devices a guest without
-		// root cannot have.
+	default:
+		// Whiteouts, which everybody may make, pipes and sockets; other devices a
+		// guest without root cannot have.
 		err = mknod(to, name, sys)
-	default: // a socket, on which nobody listens any more
-		return nil
 	}
 	if err != nil {
 		return err
@@ -137,21 +135,36 @@ func (c *treeCopier) dir(ctx context.Context, from, to *os.Root, name, rel strin
 		return err
 	}
 	defer target.Close()
-	in, err := source.Open(".")
+	in, err := names(source)
 	if err != nil {
 		return err
 	}
-	names, err := in.Readdirnames(-1)
-	in.Close()
-	if err != nil {
-		return err
-	}
-	for _, n := range names {
+	for _, n := range in {
 		if err := c.entry(ctx, source, target, n, path.Join(rel, n), depth+1); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// names lists a directory.
+func names(dir *os.Root) ([]string, error) {
+	f, err := dir.Open(".")
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return f.Readdirnames(-1)
+}
+
+// onDirectory calls f with a descriptor of dir.
+func onDirectory(dir *os.Root, f func(fd int) error) error {
+	d, err := dir.Open(".")
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return f(int(d.Fd()))
 }
 
 func (c *treeCopier) file(ctx context.Context, from, to *os.Root, name string) error {
@@ -208,12 +221,8 @@ func copyAttributes(from, to *os.Root, name string) error {
 
 // mknod makes the file that st describes.
 func mknod(to *os.Root, name string, st *syscall.Stat_t) error {
-	dir, err := to.Open(".")
+	err := onDirectory(to, func(fd int) error { return unix.Mknodat(fd, name, st.Mode, int(st.Rdev)) })
 	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	if err := unix.Mknodat(int(dir.Fd()), name, st.Mode, int(st.Rdev)); err != nil {
 		return &os.PathError{Op: "mknod", Path: name, Err: err}
 	}
 	return nil
@@ -237,11 +246,12 @@ func finish(from, to *os.Root, name string, st fs.FileInfo) error {
 			return err
 		}
 	}
-	dir, err := to.Open(".")
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
+	return setTimes(to, name, st)
+}
+
+// setTimes gives the file called name in dir the times of st.
+func setTimes(dir *os.Root, name string, st fs.FileInfo) error {
+	sys := st.Sys().(*syscall.Stat_t)
 	times := []unix.Timespec{{Sec: sys.Atim.Sec, Nsec: sys.Atim.Nsec}, {Sec: sys.Mtim.Sec, Nsec: sys.Mtim.Nsec}}
-	return unix.UtimesNanoAt(int(dir.Fd()), name, times, unix.AT_SYMLINK_NOFOLLOW)
+	return onDirectory(dir, func(fd int) error { return unix.UtimesNanoAt(fd, name, times, unix.AT_SYMLINK_NOFOLLOW) })
 }

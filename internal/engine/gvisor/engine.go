@@ -38,8 +38,10 @@ type Engine struct {
 }
 
 var (
-	_ engine.Engine = (*Engine)(nil)
-	_ engine.Reaper = (*Engine)(nil)
+	_ engine.Engine       = (*Engine)(nil)
+	_ engine.Reaper       = (*Engine)(nil)
+	_ engine.LayerMerger  = (*Engine)(nil)
+	_ engine.LayerLimiter = (*Engine)(nil)
 )
 
 // New returns the engine. It looks at nothing yet.
@@ -70,6 +72,9 @@ func (e *Engine) runtime(ctx context.Context) (runsc, error) {
 // cgroups, and in them whatever should still run. It never touches a machine
 // whose supervisor lives. Everything else of a machine ends with its processes.
 func (e *Engine) Reap() { sweepCgroups() }
+
+// MaxLayers implements [engine.LayerLimiter].
+func (e *Engine) MaxLayers() int { return maxLayers }
 
 // validID is what runsc accepts as a container's id and what is safe in the
 // name of a cgroup, up to maxID bytes.

@@ -144,19 +144,23 @@ func (s stage) mountLower(i int, mount func(target string) error) error {
 	if err := os.Mkdir(target, 0o700); err != nil {
 		return err
 	}
-	err := mount(target)
-	for _, damage := range []error{unix.EINVAL, unix.EUCLEAN, unix.EBADMSG} { // what ext4 says of what is none
-		if errors.Is(err, damage) {
-			err = api.Errorf(api.ErrDamaged, "%w", err)
-		}
-	}
-	if err != nil {
+	if err := damaged(mount(target)); err != nil {
 		return fmt.Errorf("mounting layer %d of the disk: %w", i+1, err)
 	}
 	if st, err := os.Lstat(filepath.Join(target, UpperDir)); err != nil || !st.IsDir() {
 		return api.Errorf(api.ErrDamaged, "layer %d of the disk has no directory %s", i+1, UpperDir)
 	}
 	return nil
+}
+
+// damaged gives the failure to mount an image its class.
+func damaged(err error) error {
+	for _, damage := range []error{unix.EINVAL, unix.EUCLEAN, unix.EBADMSG} { // what ext4 says of what is none
+		if errors.Is(err, damage) {
+			return api.Errorf(api.ErrDamaged, "%w", err)
+		}
+	}
+	return err
 }
 
 // mountOverlay joins what is mounted at base and lower, and lets writes go to

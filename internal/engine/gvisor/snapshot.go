@@ -177,17 +177,20 @@ func (m *machine) snapshotImage(ctx context.Context, spare string, hold holder) 
 // syncLayer has the kernel write all of the layer's files to its image, and
 // commit its journal.
 func (m *machine) syncLayer() error {
-	return m.ns.do(func() error {
-		dir, err := os.Open(m.stage.layer())
-		if err != nil {
-			return err
-		}
-		defer dir.Close()
-		if err := unix.Syncfs(int(dir.Fd())); err != nil {
-			return fmt.Errorf("flushing the disk: %w", err)
-		}
-		return nil
-	})
+	return m.ns.do(func() error { return flush(m.stage.layer()) })
+}
+
+// flush has the kernel write the file system at target.
+func flush(target string) error {
+	dir, err := os.Open(target)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := unix.Syncfs(int(dir.Fd())); err != nil {
+		return fmt.Errorf("flushing the disk: %w", err)
+	}
+	return nil
 }
 
 // fiTrim is FITRIM, _IOWR('X', 121, struct fstrim_range), linux/fs.h.
@@ -196,17 +199,20 @@ const fiTrim = 0xc0185879
 // trim frees the places in the layer's image where deleted files were: what they
 // held is gone then, and takes no room on the host. It does what it can.
 func (m *machine) trim() {
-	err := m.ns.do(func() error {
-		dir, err := os.Open(m.stage.layer())
-		if err != nil {
-			return err
-		}
-		defer dir.Close()
-		return ioctlPointer(dir.Fd(), fiTrim, &struct{ start, length, least uint64 }{0, math.MaxUint64, 0})
-	})
+	err := m.ns.do(func() error { return trim(m.stage.layer()) })
 	if err != nil {
 		m.logger.Debug("freeing unused blocks of the disk", "err", err)
 	}
+}
+
+// trim frees what the file system mounted at target has no use for.
+func trim(target string) error {
+	dir, err := os.Open(target)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return ioctlPointer(dir.Fd(), fiTrim, &struct{ start, length, least uint64 }{0, math.MaxUint64, 0})
 }
 
 // transactions tells states of the layer's journal apart, "" where the kernel
