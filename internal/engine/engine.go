@@ -258,6 +258,15 @@ type LayerMerger interface {
 	MergeLayer(ctx context.Context, chain []string, i int, rootImage, spare string) (merged string, err error)
 }
 
+// A DiskRecoverer is an Engine whose machines put right at their start what a power
+// cut has left of the file system on their own disk, and not on the layers that
+// it stands on.
+type DiskRecoverer interface {
+	// RecoverDisk puts it right without a machine, so that others can stand on
+	// it. No machine may use the disk: ErrBusy if one does.
+	RecoverDisk(ctx context.Context, disk string) error
+}
+
 // A LayerLimiter is an Engine whose machines cannot stand on any number of layers.
 type LayerLimiter interface {
 	// MaxLayers is how many MachineSpec.Layers there can be.

@@ -32,8 +32,8 @@ func (h *held) compact(ctx context.Context) error {
 }
 
 func (h *held) mergeLayers(ctx context.Context) (err error) {
-	merger := h.merger()
-	if merger == nil {
+	merger, ok := engineAs[engine.LayerMerger](h)
+	if !ok {
 		return nil
 	}
 	st, err := h.m.store(ctx)
@@ -89,14 +89,16 @@ func (h *held) mergeLayers(ctx context.Context) (err error) {
 	}
 }
 
-// merger returns the workspace's engine if it can merge layers.
-func (h *held) merger() engine.LayerMerger {
+// engineAs returns the workspace's engine, if it is a T.
+func engineAs[T any](h *held) (T, bool) {
 	for _, e := range h.m.engines {
-		if merger, ok := e.(engine.LayerMerger); ok && e.Name() == h.Engine {
-			return merger
+		if e.Name() == h.Engine {
+			t, ok := e.(T)
+			return t, ok
 		}
 	}
-	return nil
+	var none T
+	return none, false
 }
 
 // mergeable returns the highest element of a disk's chain that can become one

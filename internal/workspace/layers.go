@@ -77,13 +77,12 @@ func (m *Manager) layerPaths(ctx context.Context, chain []string) (paths []strin
 // checkLayers refuses one more layer under a disk that its engine could not start
 // a machine on any more.
 func (h *held) checkLayers() error {
-	for _, e := range h.m.engines {
-		if l, ok := e.(engine.LayerLimiter); ok && e.Name() == h.Engine && len(h.Layers) >= l.MaxLayers() {
-			return api.WithHint(api.Errorf(api.ErrExhausted, "its disk stands on %d layers, and engine %s takes no more", len(h.Layers), h.Engine),
-				"delete snapshots that you do not need, then pyro workspace stop %s: that merges their layers", refOf(h.Workspace))
-		}
+	l, ok := engineAs[engine.LayerLimiter](h)
+	if !ok || len(h.Layers) < l.MaxLayers() {
+		return nil
 	}
-	return nil
+	return api.WithHint(api.Errorf(api.ErrExhausted, "its disk stands on %d layers, and engine %s takes no more", len(h.Layers), h.Engine),
+		"delete snapshots that you do not need, then pyro workspace stop %s: that merges their layers", refOf(h.Workspace))
 }
 
 // removeLayer removes a layer's file or directory; one that is not there is no

@@ -168,6 +168,11 @@ func (h *held) freezeStopped(ctx context.Context, keep func(frozen) error) error
 	if _, err := os.Lstat(h.m.state.Layer(f.layer)); err != nil {
 		return keep(frozen{chain: f.chain}) // nothing was ever written: the layers below are all
 	}
+	if r, ok := engineAs[engine.DiskRecoverer](h); ok {
+		if err := r.RecoverDisk(ctx, h.m.state.Layer(f.layer)); err != nil {
+			return err
+		}
+	}
 	err := h.update(ctx, func(ws *store.Workspace) error {
 		ws.Layers = append(ws.Layers, ws.ActiveLayer)
 		ws.ActiveLayer = newLayer(engine.DiskFormat(ws.DiskFormat))

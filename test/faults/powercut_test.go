@@ -2,6 +2,7 @@ package faults_test
 
 import (
 	"bufio"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -97,6 +98,9 @@ while True:
 		}
 		if ws := l.status("w"); ws == nil || ws.State != api.StateStopped {
 			t.Fatalf("round %d: after a power cut the workspace is %+v", round, ws)
+		}
+		if round%2 == 1 { // what it begins with can also be a layer that others stand on
+			l.ok("workspace", "snapshot", "create", "w", fmt.Sprintf("cut-%d", round))
 		}
 		mustStart(l)
 		got := strings.TrimSpace(l.ok("workspace", "exec", "w", "--quiet", "--timeout-seconds", "600", "--", "python3", "-c", `
