@@ -22,14 +22,21 @@ build: bin/pyro-runsc ## build bin/pyro, bin/pyro-agent and bin/pyro-runsc
 bin/pyro-runsc: runsc/main.go runsc/go.mod runsc/go.sum
 	cd runsc && $(GOBUILD) -ldflags "$(LDFLAGS)" -o ../bin/pyro-runsc .
 
+# RERUNS is how often a test that failed is run again, by itself: CI says 1, so that
+# one that a busy machine makes fail holds nobody up. Both runs are reported. A
+# package in which more than three failed, or one that died, is not run again.
+RERUNS ?= 0
+# $(call gotest,FLAGS,PACKAGES)
+gotest = $(if $(filter 0,$(RERUNS)),go test $(1) $(2),go tool gotestsum --format pkgname-and-test-fails --rerun-fails=$(RERUNS) --rerun-fails-max-failures=3 --packages="$(2)" -- $(1))
+
 # Go does not see that the programs which test/... runs have changed: -count=1.
 test: ## run the tests that need no guest, with the race detector
-	go test -race $$(go list ./... | grep -v /test/)
-	go test -race -count=1 ./test/...
+	$(call gotest,-race,$$(go list ./... | grep -v /test/))
+	$(call gotest,-race -count=1,./test/...)
 
 test-guests: build ## run the engine suite and the scenarios on real guests
-	PYRO_TEST_ENGINE=gvisor PYRO_RUNSC=$(CURDIR)/bin/pyro-runsc go test -count=1 -timeout 30m ./internal/engine/... $$(go list ./test/... | grep -v /faults)
-	PYRO_TEST_ENGINE=qemu go test -count=1 -timeout 40m $$(go list ./test/... | grep -v /faults)
+	PYRO_TEST_ENGINE=gvisor PYRO_RUNSC=$(CURDIR)/bin/pyro-runsc $(call gotest,-count=1 -timeout 30m,./internal/engine/... $$(go list ./test/... | grep -v /faults))
+	PYRO_TEST_ENGINE=qemu $(call gotest,-count=1 -timeout 40m,$$(go list ./test/... | grep -v /faults))
 
 # FAULT_ENGINES are the engines to break: CI gives each a job of its own.
 FAULT_ENGINES ?= host gvisor qemu
