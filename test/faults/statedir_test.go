@@ -213,7 +213,7 @@ func TestLocked(t *testing.T) {
 	wg.Wait()
 	// Looking waits for nobody.
 	began := time.Now()
-	if ws := l.status("w"); ws == nil || time.Since(began) > 2*time.Second {
+	if ws := l.status("w"); ws == nil || time.Since(began) > within(5*time.Second) {
 		t.Errorf("status of a locked workspace took %v: %+v", time.Since(began), ws)
 	}
 	if err := cmd.Process.Kill(); err != nil {
