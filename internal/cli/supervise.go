@@ -29,7 +29,7 @@ func newMergeCmd(a *app) *cobra.Command {
 	return &cobra.Command{
 		Use: workspace.MergeCommand, Hidden: true,
 		Short: "Merge two layers of a disk; started by pyro itself",
-		Args:  args(cobra.NoArgs),
+		Args:  args(named),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return workspace.MainMerge(cmd.Context(), all.Engines("", a.logger()), a.In, os.Stdout)
 		},

@@ -54,12 +54,7 @@ func (m *machine) snapshotTree(ctx context.Context, spare string, hold holder) (
 	if err := to.Mkdir(workDir, 0o755); err != nil {
 		return err
 	}
-	dir, err := to.Open(".")
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	if err := unix.Syncfs(int(dir.Fd())); err != nil {
+	if err := onDirectory(to, unix.Syncfs); err != nil {
 		return err
 	}
 	if err := publish(tmp, spare); err != nil {

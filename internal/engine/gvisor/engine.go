@@ -159,7 +159,7 @@ func (e *Engine) start(ctx context.Context, spec engine.MachineSpec) (_ *machine
 	if err != nil {
 		return nil, err
 	}
-	undo.add(func() { _ = ns.do(func() error { return m.stage.unmountRoot(spec.Ephemeral) }) })
+	undo.add(func() { _ = ns.do(m.stage.unmountRoot) })
 	var listener net.Listener
 	err = ns.do(func() error {
 		if err := m.stage.mount(); err != nil {
@@ -268,9 +268,6 @@ func openParts(ctx context.Context, rootImage *os.File, spec engine.MachineSpec)
 		if spec.Disk != "" || len(spec.Layers) > 0 || spec.Memory != "" {
 			return p, api.Errorf(api.ErrInvalid, "a machine for one use starts with its environment alone")
 		}
-		if p.layer, err = openLayerDir(ctx, filepath.Join(spec.Dir, LayerDir)); err != nil {
-			return p, err
-		}
 		p.ownMiB = sizeMiB
 	}
 	if inUserNamespace() {
@@ -282,15 +279,16 @@ func openParts(ctx context.Context, rootImage *os.File, spec engine.MachineSpec)
 		if err := p.openLowers(ctx, disk, spec.Layers, unix.O_DIRECTORY); err != nil {
 			return p, err
 		}
-		if !spec.Ephemeral {
-			if p.layer, err = openLayerDir(ctx, disk); err != nil {
-				return p, err
-			}
+		if p.layer, err = openLayerDir(ctx, disk); err != nil {
+			return p, err
 		}
 		p.mount = func(s stage) error { return s.mountTree(tree, disk, p.lowers) }
 		return p, nil
 	}
 	if spec.Ephemeral {
+		if p.layer, err = openLayerDir(ctx, filepath.Join(spec.Dir, LayerDir)); err != nil {
+			return p, err
+		}
 		p.mount = func(s stage) error { return s.mountEphemeral(rootImage, p.layer) }
 		return p, nil
 	}

@@ -49,7 +49,7 @@ func Mounted(ctx context.Context, rootImage string, layers []string, disk string
 		if err == nil {
 			err = f(s.root())
 		}
-		return errors.Join(err, s.unmountRoot(false))
+		return errors.Join(err, s.unmountRoot())
 	})
 }
 

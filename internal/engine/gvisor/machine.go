@@ -307,7 +307,7 @@ func (m *machine) teardown() {
 	if !m.ephemeral && !inUserNamespace() {
 		m.trim()
 	}
-	if err := m.ns.do(func() error { return m.stage.unmountRoot(m.ephemeral) }); err != nil {
+	if err := m.ns.do(m.stage.unmountRoot); err != nil {
 		m.logger.Error("taking the sandbox's mounts apart", "err", err)
 	}
 	m.ns.close()

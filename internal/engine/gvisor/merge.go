@@ -123,21 +123,13 @@ func mergeImages(ctx context.Context, lower, upper *os.File, tmp string) (err er
 		return err
 	}
 	failpoint.Hit("merge/copied")
-	top, err := chooseStage(stageCandidates, nil) // the images are open already
-	if err != nil {
-		return err
-	}
-	ns, err := newNamespace()
+	s, ns, err := newStage(filepath.Dir(tmp)) // the images are open already
 	if err != nil {
 		return err
 	}
 	defer ns.close() // and with it every mount that an error leaves
-	s := stage(top)
 	var room bool
 	err = ns.do(func() error {
-		if err := s.mount(); err != nil {
-			return err
-		}
 		err := s.mountLower(0, func(target string) error { return mountImage(lower, target, true, "noload") })
 		if err != nil {
 			return err

@@ -470,6 +470,22 @@ func (c *chain) refused(t *testing.T, class error) error {
 	return err
 }
 
+// A state directory may lie where a merge would mount what it needs.
+func TestMergeBelowAStage(t *testing.T) {
+	dir, err := os.MkdirTemp("/mnt", "pyro-")
+	if err != nil {
+		t.Skip(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	c := newChain(t, shell("mkdir d"))
+	c.add(t, shell("echo below >below"))
+	c.add(t, shell("echo above >above"))
+	spare := filepath.Join(dir, "merged")
+	if merged, err := newEngine(t).MergeLayer(t.Context(), c.layers, 0, c.image, spare); err != nil || merged != spare {
+		t.Errorf("merged to %q, %v", merged, err)
+	}
+}
+
 func TestMergeRefuses(t *testing.T) {
 	c := newChain(t, shell("mkdir d"))
 	c.add(t, shell("echo below >below"))

@@ -37,17 +37,12 @@ func (e *Engine) RecoverDisk(ctx context.Context, disk string) (err error) {
 	if err != nil || !dirty {
 		return err
 	}
-	top, err := chooseStage(stageCandidates, nil) // the image is open already
-	if err != nil {
-		return err
-	}
-	ns, err := newNamespace()
+	s, ns, err := newStage()
 	if err != nil {
 		return err
 	}
 	defer ns.close()
-	s := stage(top)
-	if err := ns.do(func() error { return errors.Join(s.mount(), s.recoverImage(f)) }); err != nil {
+	if err := ns.do(func() error { return s.recoverImage(f) }); err != nil {
 		return err
 	}
 	return f.Sync()

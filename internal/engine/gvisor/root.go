@@ -80,6 +80,26 @@ func (s stage) mount() error {
 	return nil
 }
 
+// newStage mounts a stage for work on images without a machine, beside the paths
+// that must stay visible in its namespace. The caller closes that, with which every
+// mount in it ends.
+func newStage(visible ...string) (stage, *namespace, error) {
+	top, err := chooseStage(stageCandidates, visible)
+	if err != nil {
+		return "", nil, err
+	}
+	ns, err := newNamespace()
+	if err != nil {
+		return "", nil, err
+	}
+	s := stage(top)
+	if err := ns.do(s.mount); err != nil {
+		ns.close()
+		return "", nil, err
+	}
+	return s, ns, nil
+}
+
 // overlayOptions: redirect_dir lets a guest rename directories of its
 // environment as it could on a disk of its own (without it rename(2) answers
 // EXDEV); its xattrs are in the trusted namespace, which gVisor gives no guest.
@@ -194,11 +214,7 @@ func (s stage) mountOverlay(lowers int, top, options string) (err error) {
 
 // unmountRoot takes the mounts apart. When it returns without an error, all
 // that the guest wrote is in the layer's image file. It runs in the namespace.
-func (s stage) unmountRoot(ephemeral bool) error {
-	flags := 0
-	if ephemeral {
-		flags = unix.MNT_DETACH
-	}
+func (s stage) unmountRoot() error {
 	targets := []string{s.root(), s.layer()}
 	lowers, _ := os.ReadDir(s.lowers())
 	for _, l := range lowers {
@@ -206,7 +222,7 @@ func (s stage) unmountRoot(ephemeral bool) error {
 	}
 	var first error
 	for _, target := range append(targets, s.base()) {
-		err := unix.Unmount(target, flags)
+		err := unix.Unmount(target, 0)
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) { // Start failed half-way
 			err = nil
 		}
